@@ -1,0 +1,419 @@
+"""A model and methods become a net: the site table, and init, apply and merge over the whole model.
+
+Imports targets, functional, merging, methods that others are desugared to, weights, tree, errors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcpeft import errors, rng, targets
+from funcpeft.context import EVAL, Context
+from funcpeft.facts import ModelFacts
+from funcpeft.functional import Model, Params
+from funcpeft.merging import MergeReport, merge_params, stored_as
+from funcpeft.method import Method
+from funcpeft.methods.full import Full
+from funcpeft.methods.trainabletokens import TrainableTokens
+from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
+from funcpeft.weights import Adapted, Base, Quantized, Site, dense
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One method of a net with its sites; ``role`` says which field of another method it was made from, if any."""
+
+    method: Method
+    sites: dict[str, Site]
+    role: str = "method"
+    salt: int = 0
+
+    def scopes(self) -> Mapping[str, tuple[str, ...]]:
+        """Returns the scopes of every site."""
+        return self.method.scopes({p: Base(s, targets.shape_only(s)) for p, s in self.sites.items()})
+
+
+class Net:
+    """A model with methods on it: static, hashable by identity; made by ``adapt``.
+
+    ``net(params, adapter, *args, **kwargs)`` returns what the module's forward returns with the adapter applied.
+    """
+
+    def __init__(self, model: Model, methods: Sequence[Method], entries: Sequence[Entry]) -> None:
+        self.model, self.methods, self.entries = model, tuple(methods), tuple(entries)
+        self._scopes = [e.scopes() for e in self.entries]
+        self._aliases: dict[str, list[str]] = {}
+        for alias, key in model.ties.items():
+            self._aliases.setdefault(key, []).append(alias)
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{type(e.method).__name__} at {len(e.sites)} sites" for e in self.entries)
+        return f"Net({self.model.name}: {names})"
+
+    def __str__(self) -> str:
+        return net_table(self)
+
+    def __deepcopy__(self, memo: Any) -> Net:
+        return self
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def init(self, params: Params, seed: int, *, dtype: torch.dtype | None = None, **needs: Any) -> Any:
+        """Makes a fresh adapter.
+
+        Args:
+            params: The base; read by methods that start from it, never written.
+            seed: Determines every draw; each site folds its path in, so other sites do not change its draw.
+            dtype: Floating dtype of the leaves; by default the base's, but float32 on a half-precision base.
+            needs: What a method's init needs beyond the base, by name.
+
+        Returns:
+            An ``Adapter``; a tuple of them, in order, if the net has several methods.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(errors.say("init", "seed must be an int", type(seed).__name__))
+        seeds = [seed if i == 0 else rng.fold_in(seed, "entry", i) for i in range(len(self.entries))]
+        return self._init(params, seeds, dtype, needs)
+
+    def _init(self, params: Params, seeds: Sequence[Any], dtype: torch.dtype | None, needs: Mapping[str, Any]) -> Any:
+        self.model.check(params)
+        made: list[Adapter] = []
+        for entry, seed in zip(self.entries, seeds, strict=True):
+            bases = self.bases(entry, params)
+            extra = {**needs, "facts": ModelFacts(self.model, params)} if entry.method.wraps else needs
+            adapter = entry.method.init(bases, seed=seed, **extra)
+            made.append(_cast(adapter, bases, self._half_or_not(params), dtype))
+        self.model.prepare(self._expression_keys(params))
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def bases(self, entry: Entry, params: Params) -> dict[str, Base]:
+        """Returns the views of one entry's sites on the given params."""
+        return {path: Base(s, self._leaf(params, s.weight), self._bias(params, s)) for path, s in entry.sites.items()}
+
+    def _leaf(self, params: Mapping[str, Any], key: str) -> Any:
+        return params[key] if key in params else params[self.model.ties[key]]
+
+    def _bias(self, params: Mapping[str, Any], site: Site) -> Tensor | None:
+        return None if site.bias is None else dense(self._leaf(params, site.bias))
+
+    def _half_or_not(self, params: Params) -> tuple[torch.dtype, torch.device]:
+        floats = [v for k, v in params.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in self.model.buffers]
+        first = floats[0] if floats else torch.empty(0)
+        return first.dtype, first.device
+
+    def _expression_keys(self, params: Params) -> frozenset[str]:
+        keys = {k for k, v in params.items() if isinstance(v, Quantized)}
+        for entry in self.entries:
+            if not entry.method.takes_any:
+                keys |= {key for site in entry.sites.values() for key in (site.weight, *self._bound(entry.method, site))}
+        return frozenset(keys)
+
+    def _bound(self, method: Method, site: Site) -> list[str]:
+        """Lists the aliases of a site's weight that the method adapts with it, because it binds to the tensor."""
+        return self._aliases.get(site.weight, []) if method.binds_ties else []
+
+    # -- the call --------------------------------------------------------------------------------------------------------
+
+    def attach(self, params: Params, adapter: Adapters, context: Context = EVAL) -> Params:
+        """Returns params in which every adapted weight is an expression; what the model is called with.
+
+        Raises:
+            TypeError: If the adapter was not made for this net; the message names the paths that differ.
+        """
+        self.model.check(params)
+        out = dict(params)
+        for position, (entry, one, scopes) in enumerate(zip(self.entries, self._matched(adapter), self._scopes, strict=True)):
+            here = context.at(position)
+            for path, site in entry.sites.items():
+                leaves: Leaves = {}
+                for scope in scopes.get(path, ()):
+                    leaves |= one.leaves(scope)
+                leaves |= one.leaves(path)
+                self._place(out, entry.method, site, leaves, here)
+        return out
+
+    def _place(self, out: Params, method: Method, site: Site, leaves: Leaves, context: Context) -> None:
+        key, before = site.weight, self._leaf(out, site.weight)
+        if method.takes_any:
+            value = leaves["value"].to(before.dtype)
+        else:
+            value = Adapted(before, site, method, leaves, context)
+        for alias in self._aliases.get(key, []):
+            if alias not in out:  # the tensor's other readers keep the base, unless the method binds to the tensor
+                out[alias] = before
+            if alias in self._bound(method, site):
+                out[alias] = Adapted(out[alias], self.model.site(alias), method, leaves, context)
+        out[key] = value
+
+    def _matched(self, adapter: Adapters) -> tuple[Adapter, ...]:
+        given = as_tuple(adapter)
+        if len(given) != len(self.entries):
+            want = ", ".join(type(e.method).__name__ for e in self.entries)
+            raise TypeError(errors.say("adapter", f"one Adapter for each of ({want}) is required", f"{len(given)}", "make it with net.init"))
+        for entry, one, scopes in zip(self.entries, given, self._scopes, strict=True):
+            shared = {s for path in entry.sites for s in scopes.get(path, ())} | ({""} if entry.method.wraps else set())
+            found = one.params.keys() | one.consts.keys()
+            extra = sorted(found - entry.sites.keys() - shared)
+            missing = sorted(p for p in entry.sites.keys() - found if not shared & found)
+            if extra or missing:
+                what = f"extra {errors.listed(extra)}" if extra else f"nothing at {errors.listed(missing)}"
+                raise TypeError(errors.say(f"adapter for {entry.method.label}", "paths must be the net's sites", what, "make it with net.init"))
+        return given
+
+    def __call__(self, params: Params, adapter: Adapters, /, *args: Any, context: Context = EVAL, **kwargs: Any) -> Any:
+        """Returns what the module's forward returns, with the adapter applied.
+
+        Args:
+            params: The base's leaves.
+            adapter: What ``net.init`` made, or a tree of its form.
+            args: The model's own positional inputs.
+            context: Training flag and seed of the call.
+            kwargs: The model's own keyword inputs.
+        """
+        return self._call("forward", params, adapter, args, kwargs, context)
+
+    def call(
+        self, method: str, params: Params, adapter: Adapters, /, *args: Any, context: Context = EVAL, **kwargs: Any
+    ) -> Any:
+        """Calls another method of the module, such as ``"generate"``, with the adapter applied."""
+        return self._call(method, params, adapter, args, kwargs, context)
+
+    def _call(self, name: str, params: Params, adapter: Adapters, args: Any, kwargs: Any, context: Context) -> Any:
+        try:
+            attached = self.attach(params, adapter, context)
+            if not any(e.method.wraps for e in self.entries):
+                return self.model(attached, *args, **kwargs) if name == "forward" else self.model.call(name, attached, *args, **kwargs)
+            return self._wrapped(name, attached, adapter, args, kwargs)
+        except (KeyError, RuntimeError) as e:
+            if not torch.compiler.is_compiling():
+                self._explain(params, adapter, e)
+            raise
+
+    def _wrapped(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any) -> Any:
+        if name not in ("forward", "generate"):
+            raise ValueError(errors.one_of("net.call", "method", name, ("forward", "generate")))
+        if args:
+            signature = inspect.signature(getattr(self.model.root, name))
+            kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
+        call: Any = lambda **kw: self.model(attached, **kw) if name == "forward" else self.model.call(name, attached, **kw)  # noqa: E731
+        facts = ModelFacts(self.model, attached)
+        for entry, one in zip(self.entries, as_tuple(adapter), strict=True):
+            if entry.method.wraps:
+                call = entry.method.wrap(one.leaves(""), call, name, facts)  # type: ignore[attr-defined]
+        return call(**kwargs)
+
+    def _explain(self, params: Params, adapter: Adapters, error: Exception) -> None:
+        """Raises a ``TypeError`` that names the leaf, if the adapter's leaves are not those of this net's sites."""
+        for entry, one in zip(self.entries, as_tuple(adapter), strict=True):
+            for path, base in self.bases(entry, params).items():
+                given = one.leaves(path)
+                known = set(entry.method.leaf_names) if entry.method.leaf_names else set(given)
+                if not set(given) <= known:
+                    raise TypeError(
+                        errors.say(f"adapter at {path!r}", f"leaves must be those of {entry.method.label}, {sorted(known)}", sorted(given), "make it with net.init")
+                    ) from error
+                sizes = {n: tuple(t.shape) for n, t in given.items() if t.ndim >= 2}
+                allowed = {*base.shape, *base.site.shape, base.channels}
+                for n, shape in sizes.items():
+                    axis = dict(one.rank_axes).get(n)
+                    if axis is not None and shape[-3 - axis] not in allowed:
+                        raise TypeError(
+                            errors.say(f"adapter at {path!r}", f"leaf {n!r} must fit a weight of shape {tuple(base.shape)}", shape, "make it with net.init on this model")
+                        ) from error
+
+    # -- merging ---------------------------------------------------------------------------------------------------------
+
+    def merge(self, params: Params, adapter: Adapters, *, dtype: torch.dtype | None = None) -> tuple[Params, MergeReport]:
+        """Merges an adapter into weights.
+
+        Args:
+            dtype: dtype of the merged weights; by default each keeps its own. Sums are taken in float32 or wider, rounded once.
+
+        Returns:
+            ``(params, report)``: params for ``model(...)``, in which untouched leaves are shared with the argument, and what
+            rounding did at every site. The argument is not changed, and keeping it is the exact undo.
+
+        Raises:
+            NoMergedFormError: If a method has no merged form.
+            ValueError: If a merged weight is not finite.
+        """
+        for entry in self.entries:
+            if not entry.method.merges:
+                raise errors.NoMergedFormError(
+                    errors.say(f"{entry.method.label}", "the method acts on the call and has no merged form", None, "keep it as an adapter")
+                )
+        self._require_finite(adapter)
+        return merge_params(params, self.attach(params, adapter), dtype)
+
+    def unmerge(self, params: Params, adapter: Adapters) -> Params:
+        """Takes an adapter out of merged params by inverting its formula; exact up to rounding, unlike keeping the base.
+
+        Raises:
+            NoMergedFormError: If the formula of a method does not invert.
+        """
+        out = dict(params)
+        for entry, one, scopes in reversed(list(zip(self.entries, self._matched(adapter), self._scopes, strict=True))):
+            for path, site in entry.sites.items():
+                leaves: Leaves = {}
+                for scope in scopes.get(path, ()):
+                    leaves |= one.leaves(scope)
+                leaves |= one.leaves(path)
+                for here in (site, *(self.model.site(a) for a in self._bound(entry.method, site))):
+                    before = self._leaf(out, here.weight)
+                    base = entry.method.unmerge(leaves, Base(here, before, self._bias(out, here)))
+                    out[here.weight] = stored_as(here, base.weight, before.dtype)
+                    if here.bias is not None and base.bias is not None:
+                        out[here.bias] = base.bias.to(out[here.bias].dtype)
+        return out
+
+    def _require_finite(self, adapter: Adapters) -> None:
+        for one in self._matched(adapter):
+            for path, leaves in (*one.params.items(), *one.consts.items()):
+                for name, t in leaves.items():
+                    if not all_finite(t):
+                        raise ValueError(
+                            errors.say(f"adapter at {path!r}", f"leaf {name!r} must be finite", "NaN or infinity", "it was probably trained with too large a step")
+                        )
+
+
+def _cast(
+    adapter: Adapter, bases: Mapping[str, Base], default: tuple[torch.dtype, torch.device], dtype: torch.dtype | None
+) -> Adapter:
+    """Gives the leaves their dtype and device: the base's, but at least float32, unless a dtype is named."""
+
+    def place(path: str, t: Tensor) -> Tensor:
+        base = bases.get(path) or next(iter(bases.values()), None)
+        of, device = (base.dtype, base.device) if base is not None else default
+        wanted = dtype or torch.promote_types(of, torch.float32)
+        return t.to(device=device, dtype=wanted if t.is_floating_point() else t.dtype)
+
+    def tree(t: Mapping[str, Leaves]) -> dict[str, Leaves]:
+        return {path: {n: place(path, v) for n, v in leaves.items()} for path, leaves in t.items()}
+
+    return adapter.replace(params=tree(adapter.params), consts=tree(adapter.consts))
+
+
+def adapt(model: Model, method: Method | Sequence[Method]) -> Net:
+    """Chooses the sites of one method, or of several that nest, and returns the net.
+
+    Args:
+        model: What ``functionalize`` returned.
+        method: A method; a list nests them, the first innermost, at the same or at different sites. ``modules_to_save``,
+            ``bias`` and ``trainable_token_indices`` become further entries after it.
+
+    Raises:
+        NoMatchError: If a target rule matches nothing; the message names the nearest paths.
+        ValueError: If a field does not fit a site; the message names the site and the valid values.
+        TypeError: If a target is of a kind that the method does not take.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(errors.say("adapt", "a Model is required", type(model).__name__, "call functionalize(module) first"))
+    methods = list(method) if isinstance(method, list | tuple) else [method]
+    if not methods:
+        raise ValueError(errors.say("adapt", "a method is required", "an empty list"))
+    entries: list[Entry] = []
+    for one in methods:
+        if not isinstance(one, Method):
+            raise TypeError(errors.say("adapt", "a method is required", type(one).__name__, "pass an instance such as LoRA(r=8)"))
+        entries += entries_of(model, one)
+    return Net(model, methods, entries)
+
+
+def entries_of(model: Model, method: Method) -> Iterator[Entry]:
+    """Yields a method's own entry, then those that its fields for whole modules, biases and tokens become."""
+    if method.wraps:
+        method.check_model(ModelFacts(model, {}))  # type: ignore[attr-defined]
+        yield Entry(method, {})
+    else:
+        yield Entry(method, targets.sites_of(model, method))
+    if method.modules_to_save:
+        full = Full(target_modules=method.modules_to_save)
+        yield Entry(full, targets.sites_of(model, full), "modules_to_save")
+    bias = getattr(method, "bias", "none")
+    if bias != "none":
+        keys = bias_keys(model, method, every=bias == "all")
+        full = Full(target_modules=(), target_parameters=keys)
+        yield Entry(full, targets.sites_of(model, full), "bias")
+    tokens = getattr(method, "trainable_token_indices", None)
+    if tokens:
+        rules = tokens if isinstance(tokens, Mapping) else {None: tokens}
+        for name, rows in rules.items():
+            one = TrainableTokens(target_modules=None if name is None else (name,), token_indices=rows)
+            yield Entry(one, targets.sites_of(model, one), "trainable_token_indices")
+
+
+def bias_keys(model: Model, method: Method, *, every: bool) -> tuple[str, ...]:
+    """Lists the biases that ``bias="all"`` (or the targets' only) trains."""
+    if every:
+        keys = tuple(k for k in model.shapes if k not in model.buffers and k.rsplit(".", 1)[-1] == "bias")
+    else:
+        keys = tuple(s.bias for s in targets.sites_of(model, method).values() if s.bias is not None)
+    if not keys:
+        raise errors.NoMatchError(errors.say(method.label, "bias must find a bias to train", "none", "use bias='none'"))
+    return keys
+
+
+def peft_init(net: Net, params: Params, seed: int) -> Any:
+    """Makes the adapter that peft makes after ``torch.manual_seed(seed)``, bit for bit where peft's recipe is known.
+
+    Sites draw from one stream in module order, so the draws depend on which other sites there are; use ``net.init`` unless
+    parity is the point. On a half-precision base the values are rounded to the base's dtype, as peft's are.
+    """
+    shared = rng.stream(seed)
+    made = as_tuple(net._init(params, [shared] * len(net.entries), None, {}))
+    rounded: list[Adapter] = []
+    for entry, one in zip(net.entries, made, strict=True):
+        dtypes = {path: site.dtype for path, site in entry.sites.items()}
+
+        def through(path: str, t: Tensor, dtypes: Mapping[str, torch.dtype] = dtypes) -> Tensor:
+            half = dtypes.get(path, torch.float32)
+            return t.to(half).to(t.dtype) if t.is_floating_point() and half.itemsize < 4 else t
+
+        params_ = {path: {n: through(path, t) for n, t in leaves.items()} for path, leaves in one.params.items()}
+        rounded.append(one.replace(params=params_))
+    return rounded[0] if len(rounded) == 1 else tuple(rounded)
+
+
+def net_table(net: Net) -> str:
+    """Prints the site table: path, kind, shape, method, how the weight is used."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("site", "kind", "shape", "dtype", "method", "trained", "weight is", title=repr(net), title_justify="left")
+    total = 0
+    for entry in net.entries:
+        counts = trainable_counts(net, entry)
+        for path, site in entry.sites.items():
+            shape = " x ".join(map(str, site.shape))
+            use = "met" if site.met else "replaced" if entry.method.takes_any else "read by its module"
+            table.add_row(path, site.kind.name, shape, str(site.dtype).removeprefix("torch."), type(entry.method).__name__, _count(counts.get(path)), use)
+        for scope in counts.keys() - entry.sites.keys():
+            table.add_row(scope or "(shared)", "", "", "", type(entry.method).__name__, _count(counts[scope]), "wraps the call" if entry.method.wraps else "")
+        total += sum(counts.values())
+    width = max(100, 70 + max((len(p) for e in net.entries for p in e.sites), default=0))
+    console = Console(width=width, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    base = sum(s.numel() for k, s in net.model.shapes.items() if k not in net.model.buffers)
+    return text.get().rstrip() + f"\n{total:,} trained numbers, {100 * total / max(base, 1):.3g}% of the base's {base:,}"
+
+
+def _count(n: int | None) -> str:
+    return "shared" if n is None else f"{n:,}"
+
+
+def trainable_counts(net: Net, entry: Entry) -> dict[str, int]:
+    """Counts the trained numbers by path, from shapes alone: init runs on the meta device."""
+    params = {k: torch.empty(s, dtype=net.model.dtypes[k], device="meta") for k, s in net.model.shapes.items()}
+    with torch.device("meta"):
+        bases = net.bases(entry, params)
+        extra: dict[str, Any] = {"facts": ModelFacts(net.model, params)} if entry.method.wraps else {}
+        adapter = entry.method.init(bases, seed=0, **extra)
+    return {path: sum(t.numel() for t in leaves.values()) for path, leaves in adapter.params.items()}
+

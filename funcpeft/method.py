@@ -1,0 +1,267 @@
+"""The method contract: read this first.
+
+A method is a frozen dataclass of pure functions over the ``Base`` view of a layer: ``init`` makes the leaves, ``apply``
+computes the adapted layer's output, ``merge`` returns the effective weight and bias, ``unmerge`` inverts it where the
+formula does. It knows no module, no file and no batch. Its class variables say its facts, and the laws check them.
+
+To write one: subclass ``Method`` (or ``Additive`` if all it does is add a matrix), state the formula in the docstring,
+give ``init_site`` and ``merge`` (or ``delta``), and hand an instance to ``funcpeft.testing.check_method``. Without an
+``apply`` of its own, a method meets the merged weight. Imports weights, rng, tree, errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+from torch import Tensor
+
+from funcpeft import errors, rng
+from funcpeft.context import Context
+from funcpeft.tree import Adapter, Leaves, Tree
+from funcpeft.weights import Base, cast_leaves
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that hashes and does not change; the form in which methods keep their patterns."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # dict declares __hash__ = None, which is what this mends
+        return hash(tuple(self.items()))
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
+        raise TypeError("FrozenDict: a method's fields do not change; make another method with dataclasses.replace.")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+
+    def __reduce__(self) -> Any:
+        return FrozenDict, (dict(self),)
+
+
+def freeze(value: Any) -> Any:
+    """Returns lists as tuples, sets as sorted tuples and dicts as ``FrozenDict``, at any depth."""
+    if isinstance(value, Mapping):
+        return FrozenDict({k: freeze(v) for k, v in value.items()})
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(value))
+    return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def thaw(value: Any) -> Any:
+    """Inverts ``freeze`` as far as JSON goes: tuples become lists, frozen dicts become dicts."""
+    if isinstance(value, Mapping):
+        return {k: thaw(v) for k, v in value.items()}
+    return [thaw(v) for v in value] if isinstance(value, tuple) else value
+
+
+def pattern_matches(pattern: str, path: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` names a path: it matches whole, or after a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Returns the value of the first pattern that names the path, else the default."""
+    return next((value for key, value in patterns.items() if pattern_matches(key, path)), default)
+
+
+class Facts(Protocol):
+    """What a method of the call may know of the model: numbers of its config, and its embedding."""
+
+    token_dim: int
+    num_layers: int
+    num_attention_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    encoder_decoder: bool
+    embed: Callable[[Tensor], Tensor]
+    dtype: Any
+    device: Any
+
+    def cache(self, layers: list[tuple[Tensor, Tensor]]) -> Any:
+        """Makes the model's own key-value cache from one ``(key, value)`` pair per layer."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The contract. Fields are those every method shares; peft's names and meaning.
+
+    Args:
+        target_modules: Which modules to adapt: names or dotted suffixes, a regular expression that must match whole
+            paths, ``"all-linear"``, or ``None`` for the architecture's default (see ``funcpeft.targets``).
+        exclude_modules: Names, suffixes or a regular expression of modules to leave out; wins over targets.
+        layers_to_transform: Layer indices to keep, with a list of targets.
+        layers_pattern: Names of the layer lists in which those indices count.
+        modules_to_save: Names of modules whose parameters are trained in full beside the method.
+    """
+
+    target_modules: tuple[str, ...] | list[str] | str | None = None
+    exclude_modules: tuple[str, ...] | list[str] | str | None = None
+    layers_to_transform: tuple[int, ...] | list[int] | int | None = None
+    layers_pattern: tuple[str, ...] | list[str] | str | None = None
+    modules_to_save: tuple[str, ...] | list[str] | None = None
+
+    #: peft's name of the method, ``""`` if it has none.
+    peft_type: ClassVar[str] = ""
+    #: The layer kinds it takes.
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
+    #: From leaf names to peft's keys after the module path; ``{kind: ...}`` entries override per layer kind.
+    keys: ClassVar[Mapping[str, Any]] = {}
+    #: From names of shared leaves to peft's keys after ``base_model.``.
+    shared_keys: ClassVar[Mapping[str, str]] = {}
+    #: Leaves whose size along an axis, counted from the end, is the rank.
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    #: Fields of peft's config that this method does not have, with the only value it can stand for.
+    peft_fixed: ClassVar[Mapping[str, Any]] = {}
+    #: Whether merging twice equals merging the sum of the updates.
+    additive: ClassVar[bool] = False
+    #: Whether ``apply`` avoids the dense base weight.
+    weight_free: ClassVar[bool] = False
+    #: Whether a fresh adapter changes nothing.
+    identity_at_init: ClassVar[bool] = True
+    #: Whether its leaves depend on which other sites there are.
+    depends_on_sites: ClassVar[bool] = False
+    #: Whether it replaces every parameter of a target, whatever the module's class.
+    takes_any: ClassVar[bool] = False
+    #: Whether it adapts the tensor itself, hence also the other modules that a tied weight belongs to.
+    binds_ties: ClassVar[bool] = False
+    #: Every name a leaf at a site may have; what an adapter is checked against when a call fails.
+    leaf_names: ClassVar[tuple[str, ...]] = ()
+    #: Laws that cannot hold, each with the reason.
+    waived: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, freeze(getattr(self, f.name)))
+
+    # -- the pure functions ------------------------------------------------------------------------------------------
+
+    def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
+        """Makes the leaves at all sites of the method; the default draws site by site, after the shared leaves."""
+        params, consts = self.init_shared(sites, seed)
+        for path, base in sites.items():
+            trained, frozen = self.init_site(base, rng.generator(seed, path))
+            if trained:
+                params[path] = trained
+            if frozen:
+                consts[path] = frozen
+        return Adapter(params, consts, tuple(sorted(self.rank_axes.items())))
+
+    def init_shared(self, sites: Mapping[str, Base], seed: int | rng.Stream) -> tuple[Tree, Tree]:
+        """Makes the leaves that sites share, by scope: trained, frozen."""
+        return {}, {}
+
+    def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
+        """Makes the leaves of one site: trained, frozen. Draws from ``gen`` in peft's order."""
+        raise TypeError(f"{type(self).__name__}: a method must define init_site or init.")
+
+    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        """Computes the adapted layer's output; by default it meets the merged weight."""
+        return self.merge(cast_leaves(leaves, base.precision), base).meet(x)
+
+    def merge(self, leaves: Leaves, base: Base) -> Base:
+        """Returns the base with the effective weight and bias."""
+        raise errors.NoMergedFormError(
+            errors.say(f"{self.label} at {base.path!r}", "the method has no merged form", None, "keep it as an adapter")
+        )
+
+    def unmerge(self, leaves: Leaves, base: Base) -> Base:
+        """Returns the base from an effective weight and bias, where the formula inverts."""
+        raise errors.NoMergedFormError(
+            errors.say(f"{self.label} at {base.path!r}", "merging does not invert", None, "keep the base params instead")
+        )
+
+    def scopes(self, sites: Mapping[str, Base]) -> Mapping[str, tuple[str, ...]]:
+        """Says, by site, in which scopes its shared leaves live."""
+        return {path: ("",) for path in sites}
+
+    def check_site(self, base: Base) -> None:
+        """Raises ``ValueError`` if the method's fields do not fit a site; shapes only, before any work."""
+
+    def unmerge_gain(self, leaves: Leaves, base: Base) -> Tensor | float:
+        """Bounds how much ``unmerge`` amplifies an error of the merged weight."""
+        return 1.0
+
+    # -- as data -----------------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """Name of the method in messages."""
+        return type(self).__name__.lower()
+
+    @property
+    def merges(self) -> bool:
+        """Whether the method has a merged form."""
+        return type(self).merge is not Method.merge
+
+    @property
+    def unmerges(self) -> bool:
+        """Whether merging inverts."""
+        return type(self).unmerge is not Method.unmerge
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the method wraps the call (prompts) rather than weights."""
+        return hasattr(self, "wrap")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON-able values, with the method's name under ``"method"``."""
+        fields = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"method": type(self).__name__, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Makes the method from ``to_dict``'s result; unknown fields are refused by name."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in data.items() if k != "method"}
+        for name in given.keys() - names:
+            raise TypeError(
+                errors.say(cls.__name__, "fields must be known", repr(name), errors.nearest(name, names))
+            )
+        return cls(**given)
+
+    def to_peft(self, path: str, kind: str, leaves: Leaves) -> dict[str, Tensor]:
+        """Returns one site's tensors under peft's keys (after the module path)."""
+        keys = self.keys.get(kind, self.keys)
+        return {keys[name]: t for name, t in leaves.items() if name in keys}
+
+    def from_peft(self, path: str, kind: str, tensors: Mapping[str, Tensor]) -> Leaves:
+        """Inverts ``to_peft``."""
+        keys = {key: name for name, key in self.keys.get(kind, self.keys).items() if isinstance(key, str)}
+        return {keys[key]: t for key, t in tensors.items()}
+
+    def require(self, ok: bool, field: str, rule: str, found: object, remedy: str = "") -> None:
+        """Raises ``ValueError`` naming the method and the field unless ``ok``."""
+        if not ok:
+            raise ValueError(errors.say(self.label, f"{field} must be {rule}", repr(found), remedy))
+
+    def require_at(self, ok: bool, base: Base, rule: str, found: object, remedy: str = "") -> None:
+        """Raises ``ValueError`` naming the method and the site unless ``ok``."""
+        if not ok:
+            raise ValueError(errors.say(f"{self.label} at {base.path!r}", rule, found, remedy))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Additive(Method):
+    """The family ``W' = W + delta``: give ``delta``; bias untouched."""
+
+    additive: ClassVar[bool] = True
+
+    def delta(self, leaves: Leaves, base: Base) -> Tensor:
+        """Computes the update ``(*lead, out, in)``."""
+        raise TypeError(f"{type(self).__name__}: an additive method must define delta.")
+
+    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        """Adds the product with the update to the base's output."""
+        return base(x) + base.map(x, self.delta(leaves, base))
+
+    def merge(self, leaves: Leaves, base: Base) -> Base:
+        """Adds the update."""
+        return base.replace(weight=base.weight + self.delta(leaves, base))
+
+    def unmerge(self, leaves: Leaves, base: Base) -> Base:
+        """Subtracts the update."""
+        return base.replace(weight=base.weight - self.delta(leaves, base))

@@ -1,0 +1,205 @@
+r"""LoRA: low-rank adaptation.
+
+.. math:: W' = W + s B A, \quad s = \alpha / r \text{ or } \alpha / \sqrt r
+
+A (r, in), B (out, r); s: scaling, with the square root under ``use_rslora``. At leading axes (experts) A is (E, r, in)
+and B (E, out, r). PiSSA and OLoRA start from factors of W itself: the update is then measured from those first factors,
+kept in ``consts``, so the base stays as it is: W' = W + s (B A - B0 A0).
+
+References:
+    Hu et al., LoRA, 2021, arXiv 2106.09685, eq. (3). Kalajdzievski, rsLoRA, 2023, arXiv 2312.03732.
+    Meng et al., PiSSA, 2024, arXiv 2404.02948, eq. (2). Bueyuekakyuez, OLoRA, 2024, arXiv 2406.01775.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcpeft import errors, rng
+from funcpeft.context import Context
+from funcpeft.method import Additive, FrozenDict, by_pattern
+from funcpeft.tree import Leaves
+from funcpeft.weights import Base
+
+_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+
+
+def pissa(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Returns the factors A, B of the r largest singular triplets of ``weight``, with ``scaling * B @ A`` their sum."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (s[:r] / scaling).sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root
+
+
+def olora(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Returns the first r rows of R and columns of Q of the QR decomposition of ``weight``."""
+    q, upper = torch.linalg.qr(weight)
+    return upper[:r].clone(), q[:, :r].clone()
+
+
+def orthogonal(out: int, in_: int, r: int, gen: Any) -> tuple[Tensor, Tensor]:
+    """Draws A and B from the even and odd rows of a random orthogonal matrix, so that B A = 0 up to rounding."""
+    q = torch.linalg.qr(rng.randn((r, r), gen)).Q
+    a = (rng.randn((in_, r // 2), gen) @ q[0::2]).T / 10.0
+    b = (rng.randn((r // 2, out), gen).T @ q[1::2]) / 10.0
+    return a.contiguous(), b.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Additive):
+    """Low-rank adaptation.
+
+    Args:
+        r: Rank of the update.
+        lora_alpha: Scaling is ``lora_alpha / r``.
+        lora_dropout: Probability with which elements of the adapter's input are dropped in training.
+        use_rslora: Whether scaling is ``lora_alpha / sqrt(r)``.
+        rank_pattern: Ranks by pattern of the module path; the first that matches wins.
+        alpha_pattern: Values of ``lora_alpha`` by pattern.
+        init_lora_weights: ``True`` (A uniform, B zero), ``False`` (both uniform), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``
+            or ``"olora"``. None of them changes the base.
+        lora_bias: Whether the update has a bias of its own, scaled as the update is.
+        bias: Which biases are trained beside: ``"none"``, ``"all"`` of the model, ``"lora_only"`` those of the targets.
+        target_parameters: Names or suffixes of matrix parameters to adapt that no layer meets, such as fused experts.
+        trainable_token_indices: Rows of the input embedding to train beside, or ``{module name: rows}``.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = FrozenDict()
+    alpha_pattern: Mapping[str, float] = FrozenDict()
+    init_lora_weights: bool | str = True
+    lora_bias: bool = False
+    bias: str = "none"
+    target_parameters: tuple[str, ...] | list[str] | None = None
+    trainable_token_indices: tuple[int, ...] | list[int] | Mapping[str, Any] | None = None
+
+    peft_type: ClassVar[str] = "LORA"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding", "raw"})
+    keys: ClassVar[dict[str, Any]] = {
+        "A": "lora_A.weight",
+        "B": "lora_B.weight",
+        "bias": "lora_B.bias",
+        "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    }
+    rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
+    weight_free: ClassVar[bool] = True
+    bias_only: ClassVar[str] = "lora_only"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
+        self.require(all(v > 0 for v in self.rank_pattern.values()), "rank_pattern", "positive ranks", dict(self.rank_pattern))
+        self.require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
+        if self.init_lora_weights not in _INITS:
+            raise ValueError(errors.one_of(self.label, "init_lora_weights", self.init_lora_weights, _INITS))
+        fits = not self.lora_bias or isinstance(self.init_lora_weights, bool)
+        self.require(fits, "lora_bias", "False with this init_lora_weights", self.init_lora_weights, "use True or False")
+
+    def rank(self, path: str) -> int:
+        """Returns the rank at a site."""
+        return by_pattern(self.rank_pattern, path, self.r)
+
+    def scaling(self, path: str) -> float:
+        """Returns the scaling at a site."""
+        r, alpha = self.rank(path), by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def check_site(self, base: Base) -> None:
+        r, (out, in_) = self.rank(base.path), base.shape[-2:]
+        kind = base.kind.name
+        self.require_at(base.kind.groups == 1, base, "a grouped convolution has no merged form: groups must be 1", base.kind.groups, "leave the site out")
+        if self.init_lora_weights == "orthogonal":
+            self.require_at(r % 2 == 0, base, "init 'orthogonal' needs an even rank", r)
+        if self.init_lora_weights in ("pissa", "olora", "orthogonal"):
+            self.require_at(kind in ("linear", "transposed"), base, f"init {self.init_lora_weights!r} takes linear layers", kind, "use init_lora_weights=True")
+        if self.init_lora_weights in ("pissa", "olora"):
+            self.require_at(r <= min(out, in_), base, f"rank must be at most min(out, in) = {min(out, in_)}", r)
+        if self.lora_bias:
+            self.require_at(kind in ("linear", "transposed", "conv"), base, "lora_bias takes layers with a bias", kind)
+            self.require_at(base.site.bias is not None, base, "lora_bias needs a layer that has a bias", None, "leave the site out")
+        if not base.met or base.takes_ids:
+            self.require_at(not self.lora_dropout, base, "lora_dropout must be 0 where no float input meets the weight", self.lora_dropout)
+
+    def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
+        r, s = self.rank(base.path), self.scaling(base.path)
+        consts: Leaves = {"scaling": torch.tensor(s, dtype=torch.float64), "rank": torch.tensor(r)}
+        params = self._draw(base, r, s, gen)
+        if self.init_lora_weights in ("pissa", "olora"):
+            consts |= {"A0": params["A"].clone(), "B0": params["B"].clone()}
+        return params, consts
+
+    def _draw(self, base: Base, r: int, s: float, gen: Any) -> Leaves:
+        *lead, out, in_ = base.shape
+        if base.takes_ids:
+            return self._draw_embedding(r, out, in_, gen)
+        many = math.prod(lead)
+        kernel = tuple(base.site.shape[2:]) if base.kind.name == "conv" else ()
+        shape_a, shape_b = (many * r, in_ // math.prod(kernel), *kernel), (out, many * r)
+        a, b = rng.kaiming(shape_a, gen), rng.kaiming(shape_b, gen)  # as the layers that peft makes and then resets
+        leaves: Leaves = {}
+        if self.lora_bias:
+            leaves["bias"] = rng.uniform((out,), gen, 1 / math.sqrt(many * r))
+        match self.init_lora_weights:
+            case True:
+                a, b = rng.kaiming(shape_a, gen), torch.zeros(shape_b)
+                leaves = {k: torch.zeros_like(v) for k, v in leaves.items()}
+            case "gaussian":
+                a, b = rng.normal(shape_a, gen, 1 / r), torch.zeros(shape_b)
+            case "orthogonal":
+                a, b = orthogonal(out, in_, r, gen)
+            case "pissa":
+                a, b = pissa(base.weight, r, s)
+            case "olora":
+                a, b = olora(base.weight, r)
+            case _:
+                pass
+        a, b = a.flatten(1), b
+        if lead:  # peft keeps A expert-major and B rank-major in two flat matrices
+            a, b = a.reshape(*lead, r, in_), b.reshape(out, r, many).permute(2, 0, 1).reshape(*lead, out, r)
+        return {"A": a.contiguous(), "B": b.contiguous(), **leaves}
+
+    def _draw_embedding(self, r: int, dim: int, vocab: int, gen: Any) -> Leaves:
+        a, b = rng.randn((r, vocab), gen), rng.randn((dim, r), gen)
+        if self.init_lora_weights is not False:
+            a, b = torch.zeros_like(a), rng.normal((dim, r), gen)
+        return {"A": a, "B": b}
+
+    def delta(self, leaves: Leaves, base: Base) -> Tensor:
+        update = leaves["B"] @ leaves["A"]
+        if "A0" in leaves:
+            update = update - leaves["B0"] @ leaves["A0"]
+        return leaves["scaling"] * update
+
+    def product(self, leaves: Leaves, base: Base, x: Tensor) -> Tensor:
+        """Computes ``x`` times the update, factor by factor."""
+        y = base.over_out(base.map(x, leaves["A"]), lambda h: F.linear(h, leaves["B"], leaves.get("bias")))
+        if "A0" in leaves:
+            y = y - base.over_out(base.map(x, leaves["A0"]), lambda h: F.linear(h, leaves["B0"]))
+        return leaves["scaling"] * y
+
+    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        dropped = x if base.takes_ids else context.dropout(x, self.lora_dropout)
+        return base(x) + self.product(leaves, base, dropped)
+
+    def merge(self, leaves: Leaves, base: Base) -> Base:
+        return self._shift(leaves, base, 1)
+
+    def unmerge(self, leaves: Leaves, base: Base) -> Base:
+        return self._shift(leaves, base, -1)
+
+    def _shift(self, leaves: Leaves, base: Base, sign: int) -> Base:
+        bias = base.bias
+        if "bias" in leaves and bias is not None:
+            bias = bias + sign * leaves["scaling"] * leaves["bias"]
+        return base.replace(weight=base.weight + sign * self.delta(leaves, base), bias=bias)
