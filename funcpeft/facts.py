@@ -1,19 +1,37 @@
-"""Facts: what a method of the call (prompts, prefixes) may know of a transformers model.
+"""Facts: what a method of the call (prompts, prefixes) may know of a transformers model, and how it is called then.
 
-Numbers of its config under the names peft resolves them by, its input embedding as a function of ids, and its key-value
-cache made of tensors. Imports functional; transformers only inside the function that makes a cache.
+Numbers of its config under the names peft resolves them by, its task, its input embedding as a function of ids, and its
+key-value cache made of tensors. Imports functional; transformers only inside the functions that make a cache or tokenizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcpeft import errors
 from funcpeft.functional import Model, register_caches
+
+#: peft's task types, with the ends of the names of transformers' classes for them.
+TASKS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("ForSequenceClassification",),
+    "TOKEN_CLS": ("ForTokenClassification",),
+    "QUESTION_ANS": ("ForQuestionAnswering",),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
+    "FEATURE_EXTRACTION": (),
+}
+
+#: Layer types whose cache is one key and one value per token.
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+
+Step = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class ModelFacts:
@@ -29,19 +47,40 @@ class ModelFacts:
             value = getattr(self.config, name, None)
             if isinstance(value, int):
                 return value
+        found = type(self.config).__name__
         raise ValueError(
-            errors.say(self._model.name, f"the config must say {fact} (one of {', '.join(names)})", type(self.config).__name__, "use a transformers model")
+            errors.say(self.name, f"the config must say {fact} (one of {', '.join(names)})", found, "use a transformers model")
         )
 
     @property
+    def name(self) -> str:
+        """Class name of the model."""
+        return self._model.name
+
+    @property
     def token_dim(self) -> int:
-        """Width of a token embedding."""
+        """Width of a token embedding, which some models then project to another width."""
+        table = getattr(self._input_embedding(), "weight", None)
+        if isinstance(table, Tensor) and table.ndim == 2:
+            return table.shape[1]
         return self._first("the token width", "hidden_size", "n_embd", "d_model")
+
+    def _input_embedding(self) -> nn.Module | None:
+        try:
+            return self._model.root.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            return None
 
     @property
     def num_layers(self) -> int:
         """Number of layers (of the encoder, where there is one)."""
         return self._first("the number of layers", "num_hidden_layers", "num_layers", "n_layer")
+
+    @property
+    def decoder_layers(self) -> int:
+        """Number of layers of the decoder, or of the model if that is one stack."""
+        names = ("num_decoder_layers", "decoder_layers") if self.encoder_decoder else ()
+        return self._first("the number of decoder layers", *names, "num_hidden_layers", "num_layers", "n_layer")
 
     @property
     def num_attention_heads(self) -> int:
@@ -50,14 +89,30 @@ class ModelFacts:
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads; fewer than query heads under grouped-query attention."""
-        return getattr(self.config, "num_key_value_heads", None) or self.num_attention_heads
+        """Number of key and value heads, fewer than query heads under grouped-query attention; of the widest layer."""
+        return self._widest()[0]
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
-        known = getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None)
-        return known or self.token_dim // self.num_attention_heads
+        """Width of a head, of the widest layer."""
+        return self._widest()[1]
+
+    def _widest(self) -> tuple[int, int]:
+        heads = getattr(self.config, "num_key_value_heads", None) or self.num_attention_heads
+        width = getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None)
+        if not width:
+            width = self._first("the width", "hidden_size", "n_embd", "d_model") // self.num_attention_heads
+        for one in self._per_layer():
+            if one[1] > width:
+                heads, width = one
+        return heads, width
+
+    def _per_layer(self) -> list[tuple[int, int]]:
+        """Lists (key heads, head width) by layer, for a model whose layers differ."""
+        if getattr(self.config, "per_layer_config", None) is None:
+            return []
+        each = [self.config.per_layer_config[i] for i in range(self.num_layers)]
+        return [(one.num_key_value_heads, one.head_dim) for one in each]
 
     @property
     def vocab_size(self) -> int:
@@ -70,28 +125,145 @@ class ModelFacts:
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
     @property
+    def task(self) -> str:
+        """Task of the model, a key of ``TASKS``, told by its class's name; an unknown class extracts features."""
+        return next((task for task, ends in TASKS.items() if ends and self.name.endswith(ends)), "FEATURE_EXTRACTION")
+
+    @property
     def dtype(self) -> torch.dtype:
         """dtype of the model's floating leaves (the first one's)."""
         return next(d for d in self._model.dtypes.values() if d.is_floating_point)
 
     @property
-    def takes_cache(self) -> bool:
-        """Whether the model's forward takes ``past_key_values``."""
-        import inspect
+    def device(self) -> torch.device:
+        """Device of the model's leaves (the first one's); the meta device where only shapes are asked for."""
+        return next((t.device for t in self._params.values()), torch.device("meta"))
 
-        return "past_key_values" in inspect.signature(type(self._model.root).forward).parameters
+    @property
+    def takes_embeds(self) -> bool:
+        """Whether the model's forward takes ``inputs_embeds``."""
+        return _takes(self._model.root, "inputs_embeds")
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether the model's forward, or that of the backbone under its head, takes ``past_key_values``."""
+        return _takes(self._model.root, "past_key_values") or _takes(_backbone(self._model.root), "past_key_values")
 
     def embed(self, ids: Tensor) -> Tensor:
         """Looks ids up in the model's input embedding, adapted if the net adapts it."""
         return self._model.embed(dict(self._params), ids)
 
-    def cache(self, layers: list[tuple[Tensor, Tensor]]) -> Any:
-        """Makes a cache from a ``(key, value)`` pair per layer, each ``(batch, kv heads, length, head dim)``."""
+    def tokenizer(self, name: str, **options: Any) -> Any:
+        """Loads a tokenizer of transformers; code of the repository is never run."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name, **{k: v for k, v in options.items() if k != "trust_remote_code"})
+
+    # -- the call --------------------------------------------------------------------------------------------------------
+
+    def call(self, name: str, /, *, steps: Sequence[Step] = (), **kwargs: Any) -> Any:
+        """Calls a method of the model, as methods that wrap the call need it.
+
+        Args:
+            name: ``"forward"`` or ``"generate"``.
+            steps: Functions that rewrite, in order, what every step of ``generate`` is prepared from: its keyword
+                arguments of ``prepare_inputs_for_generation``. Nothing else of ``generate`` sees the rewriting.
+            kwargs: The model's own inputs. A cache goes to the backbone if only that takes one.
+        """
+        params, cache = dict(self._params), kwargs.get("past_key_values")
+        if name == "generate":
+            return self._model._run(lambda m: functools.partial(_generate, m, tuple(steps)), params, (), kwargs)[0]
+        if cache is None or _takes(self._model.root, "past_key_values"):
+            return self._model(params, **kwargs)
+        rest = {k: v for k, v in kwargs.items() if k != "past_key_values"}
+        return self._model._run(lambda m: functools.partial(_forward, m, cache), params, (), rest)[0]
+
+    def check_cache(self) -> None:
+        """Raises ``ValueError`` if the model has no cache of one key and value per head and token."""
+        kinds = {k for k in getattr(self.config, "layer_types", None) or () if k not in _ATTENTION}
+        wanted = "key-value prefixes need"
+        if not self.takes_cache:
+            raise ValueError(errors.say(self.name, f"{wanted} a forward that takes past_key_values", None, "use PromptTuning"))
+        if kinds or getattr(self.config, "kv_lora_rank", None):
+            found = errors.listed(sorted(kinds)) if kinds else "latent attention"
+            raise ValueError(errors.say(self.name, f"{wanted} plain attention in every layer", found, "use PromptTuning"))
+
+    def cache(self, layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Makes a cache from a ``(key, value)`` pair per layer, each ``(batch, kv heads, length, head dim)``.
+
+        Layers that read another layer's keys get none. Where layers differ in shape, each takes the leading heads and
+        channels of its pair, and one that needs more than the pair has gets none.
+        """
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-        register_caches()
-        config = self.config if getattr(self.config, "sliding_window", None) else None
-        cache = DynamicCache(config=config)
-        for index, (k, v) in enumerate(layers):
-            cache.update(k, v, index)
+        if not torch.compiler.is_compiling():
+            register_caches()
+        windowed = getattr(self.config, "sliding_window", None) or self._per_layer()
+        cache = DynamicCache(config=self.config if windowed else None)
+        own = len(layers) - (getattr(self.config, "num_kv_shared_layers", 0) or 0)
+        shapes = self._per_layer()
+        for index, (k, v) in enumerate(layers[: min(own, self.decoder_layers)]):
+            heads, width = shapes[index] if shapes else (k.shape[1], k.shape[3])
+            if heads <= k.shape[1] and width <= k.shape[3]:
+                _fill(cache, index, k[:, :heads, :, :width], v[:, :heads, :, :width])
         return EncoderDecoderCache(cache, DynamicCache()) if self.encoder_decoder else cache
+
+    def held(self, cache: Any) -> int:
+        """Counts the tokens in a cache; zero if there is none."""
+        return 0 if cache is None else int(cache.get_seq_length())
+
+    def roomy(self, cache: Any) -> Any:
+        """Returns an empty cache that grows in place of one of fixed size, which has no room for virtual tokens."""
+        return self.cache([]) if cache is not None and getattr(cache, "is_compileable", False) else cache
+
+
+def _fill(cache: Any, index: int, k: Tensor, v: Tensor) -> None:
+    cache.update(k, v, index)
+
+
+@functools.cache
+def _parameters(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+
+
+def _takes(module: nn.Module | None, name: str) -> bool:
+    return module is not None and name in _parameters(type(module))
+
+
+def _backbone(module: nn.Module) -> nn.Module | None:
+    """Returns the model without its head, as transformers names it."""
+    prefix = getattr(module, "base_model_prefix", "")
+    found = getattr(module, prefix, None) if isinstance(prefix, str) and prefix else None
+    return found if isinstance(found, nn.Module) else None
+
+
+@contextmanager
+def _instead(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Sets a function on a module of the skeleton in place of its class's method, and takes it off again."""
+    module.__dict__[name] = function
+    try:
+        yield
+    finally:
+        del module.__dict__[name]
+
+
+def _generate(module: Any, steps: Sequence[Step], **kwargs: Any) -> Any:
+    prepare = module.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)  # generate reads the signature to validate its keywords
+    def prepared(input_ids: Tensor, **given: Any) -> Any:
+        for step in steps:
+            given = step({"input_ids": input_ids, **given})
+            input_ids = given.pop("input_ids")
+        return prepare(input_ids, **given)
+
+    with _instead(module, "prepare_inputs_for_generation", prepared):
+        return module.generate(**kwargs)
+
+
+def _forward(module: nn.Module, cache: Any, **kwargs: Any) -> Any:
+    backbone = _backbone(module)
+    assert backbone is not None
+    forward = backbone.forward
+    with _instead(backbone, "forward", functools.partial(forward, past_key_values=cache)):
+        return module(**kwargs)

@@ -140,6 +140,8 @@ def merge_params(
     merged, rows, notes = dict(attached), {}, []
     for key, expr in attached.items():
         if not isinstance(expr, Adapted):
+            if expr is not plain.get(key) and key in plain:
+                merged[key] = expr.to(dtype or expr.dtype, copy=True)
             continue
         site = expr.site
         bias = None if site.bias is None else dense(attached[site.bias])

@@ -116,6 +116,8 @@ class Method:
     rank_axes: ClassVar[Mapping[str, int]] = {}
     #: Fields of peft's config that this method does not have, with the only value it can stand for.
     peft_fixed: ClassVar[Mapping[str, Any]] = {}
+    #: Fields of this class that peft's config does not have.
+    peft_lacks: ClassVar[tuple[str, ...]] = ()
     #: Whether merging twice equals merging the sum of the updates.
     additive: ClassVar[bool] = False
     #: Whether ``apply`` avoids the dense base weight.
@@ -130,6 +132,8 @@ class Method:
     binds_ties: ClassVar[bool] = False
     #: Every name a leaf at a site may have; what an adapter is checked against when a call fails.
     leaf_names: ClassVar[tuple[str, ...]] = ()
+    #: For methods that replace parameters: what stands between module and parameter in peft's keys.
+    file_infix: ClassVar[str] = ""
     #: Laws that cannot hold, each with the reason.
     waived: ClassVar[Mapping[str, str]] = {}
 
@@ -185,6 +189,11 @@ class Method:
         """Bounds how much ``unmerge`` amplifies an error of the merged weight."""
         return 1.0
 
+    @classmethod
+    def examples(cls) -> tuple[Method, ...]:
+        """Returns small instances, one per variant of the formula, on which the laws are checked."""
+        return (cls(),)
+
     # -- as data -----------------------------------------------------------------------------------------------------
 
     @property
@@ -223,15 +232,28 @@ class Method:
             )
         return cls(**given)
 
-    def to_peft(self, path: str, kind: str, leaves: Leaves) -> dict[str, Tensor]:
-        """Returns one site's tensors under peft's keys (after the module path)."""
-        keys = self.keys.get(kind, self.keys)
+    def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
+        """Returns one site's tensors under peft's keys (after the module path); ``base`` is ``None`` for a call's leaves."""
+        keys = self._keys(base)
         return {keys[name]: t for name, t in leaves.items() if name in keys}
 
-    def from_peft(self, path: str, kind: str, tensors: Mapping[str, Tensor]) -> Leaves:
+    def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
         """Inverts ``to_peft``."""
-        keys = {key: name for name, key in self.keys.get(kind, self.keys).items() if isinstance(key, str)}
-        return {keys[key]: t for key, t in tensors.items()}
+        names = {key: name for name, key in self._keys(base).items()}
+        return {names[key]: t for key, t in tensors.items()}
+
+    def _keys(self, base: Base | None) -> dict[str, str]:
+        own = self.keys.get(base.kind.name) if base is not None else None
+        chosen = own if isinstance(own, Mapping) else self.keys
+        return {name: key for name, key in chosen.items() if isinstance(key, str)}
+
+    def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
+        """Returns peft's config fields of this method, for the leaves (trained and frozen, by path) that are saved."""
+        fields = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for name in self.peft_lacks:
+            if fields.pop(name, None):
+                raise ValueError(errors.say(f"save_peft of {self.label}", f"peft has no field {name!r}", repr(getattr(self, name))))
+        return {**fields, **thaw(freeze(self.peft_fixed))}
 
     def require(self, ok: bool, field: str, rule: str, found: object, remedy: str = "") -> None:
         """Raises ``ValueError`` naming the method and the field unless ``ok``."""

@@ -14,7 +14,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.context import Context
-from funcpeft.method import Additive, FrozenDict, by_pattern
+from funcpeft.method import Additive, FrozenDict, Method, by_pattern
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base
 
@@ -91,6 +92,16 @@ class LoRA(Additive):
         "bias": "lora_B.bias",
         "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
     }
+    peft_fixed: ClassVar[dict[str, Any]] = {
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "loftq_config": {},
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "use_qalora": False,
+        "ensure_weight_tying": False,
+    }
+    leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "A0", "B0", "bias", "scaling", "rank")
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
     weight_free: ClassVar[bool] = True
     bias_only: ClassVar[str] = "lora_only"
@@ -105,6 +116,18 @@ class LoRA(Additive):
             raise ValueError(errors.one_of(self.label, "init_lora_weights", self.init_lora_weights, _INITS))
         fits = not self.lora_bias or isinstance(self.init_lora_weights, bool)
         self.require(fits, "lora_bias", "False with this init_lora_weights", self.init_lora_weights, "use True or False")
+
+    @classmethod
+    def examples(cls) -> tuple[Method, ...]:
+        return (
+            cls(r=2, lora_alpha=3, lora_dropout=0.25),
+            cls(r=4, use_rslora=True, init_lora_weights="gaussian"),
+            cls(r=2, init_lora_weights="orthogonal"),
+            cls(r=1, lora_alpha=3, init_lora_weights="pissa"),
+            cls(r=2, lora_alpha=1, init_lora_weights="olora"),
+            cls(r=3, lora_bias=True),
+            cls(r=1, rank_pattern={"second": 3}, alpha_pattern={"first": 5}),
+        )
 
     def rank(self, path: str) -> int:
         """Returns the rank at a site."""
@@ -203,3 +226,47 @@ class LoRA(Additive):
         if "bias" in leaves and bias is not None:
             bias = bias + sign * leaves["scaling"] * leaves["bias"]
         return base.replace(weight=base.weight + sign * self.delta(leaves, base), bias=bias)
+
+    def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
+        assert base is not None
+        a, b = leaves["A"], leaves["B"]
+        if a.ndim == 3:  # experts: A expert-major, B rank-major, each in one flat matrix
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+        elif base.kind.name == "conv":
+            kernel = base.site.shape[2:]
+            a, b = a.reshape(a.shape[0], -1, *kernel), b.reshape(*b.shape, *(1 for _ in kernel))
+        return super().to_peft(base, {**leaves, "A": a, "B": b})
+
+    def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
+        assert base is not None
+        leaves = super().from_peft(base, tensors)
+        a, b = leaves["A"].flatten(1), leaves["B"].flatten(1)
+        if len(base.shape) == 3:
+            many = base.shape[0]
+            a, b = a.reshape(many, -1, a.shape[1]), b.reshape(b.shape[0], -1, many).permute(2, 0, 1)
+        return {**leaves, "A": a.contiguous(), "B": b.contiguous()}
+
+    def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
+        """Derives ranks and alphas from the leaves; patterns are whole paths, whose meaning does not depend on order."""
+        ranks = {p: int(t["A"].shape[-2]) for p, t in leaves.items() if "A" in t}
+        alphas = {p: float(leaves[p]["scaling"]) * (math.sqrt(r) if self.use_rslora else r) for p, r in ranks.items()}
+        config = super().to_peft_config(leaves)
+        r = _commonest(ranks.values())
+        alpha = _commonest(_rounded(a) for a in alphas.values())
+        return {
+            **config,
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": {p: n for p, n in ranks.items() if n != r},
+            "alpha_pattern": {p: _rounded(a) for p, a in alphas.items() if _rounded(a) != alpha},
+        }
+
+
+def _rounded(alpha: float) -> float:
+    """Undoes the rounding of alpha / r where alpha was a short decimal."""
+    short = float(f"{alpha:.6g}")
+    return int(short) if short.is_integer() else short
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]

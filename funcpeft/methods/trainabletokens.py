@@ -49,6 +49,10 @@ class TrainableTokens(Method):
         self.require(bool(ids) and all(isinstance(i, int) and i >= 0 for i in ids), "token_indices", "non-negative ids, at least one", ids)
         self.require(len(set(ids)) == len(ids), "token_indices", "without repetition", ids)
 
+    @classmethod
+    def examples(cls) -> tuple[Method, ...]:
+        return (cls(token_indices=(0,)), cls(token_indices=(2, 0)))
+
     def check_site(self, base: Base) -> None:
         rows = base.shape[-1] if base.takes_ids else base.shape[-2]
         if max(self.token_indices) >= rows:

@@ -1,0 +1,399 @@
+"""peft's checkpoints, both ways: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+The only file that knows their conventions (peft 0.21): where a site's tensors are in the file, which fields a config has,
+and what peft adds by itself. Reading is strict: a field that would change the result and is not known is refused by name,
+and so is every missing, extra or misshapen tensor. Writing is atomic. peft itself is never imported. Imports adapt and
+everything below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from funcpeft import errors, methods
+from funcpeft.adapt import Entry, Net, adapt
+from funcpeft.facts import ModelFacts
+from funcpeft.functional import Model, Params
+from funcpeft.method import Method
+from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
+from funcpeft.weights import Base
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: The peft release whose format is written.
+PEFT_VERSION = "0.21.2"
+_ROOT = "base_model.model."
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_HEADS = ("classifier", "score", "qa_outputs")  # peft adds these to modules_to_save whether or not the model has them
+_COMMON = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "fan_in_fan_out",  # a fact of the layer, not of the adapter
+}
+
+
+# -- where tensors are ---------------------------------------------------------------------------------------------------
+
+
+def file_prefixes(net: Net, entry: Entry) -> dict[str, str]:
+    """Returns, by site path, what stands before a site's keys in the file, ending in a dot."""
+    prefixes: dict[str, str] = {}
+    levels: dict[str, list[str]] = {}
+    for path, site in entry.sites.items():
+        owner, _, name = site.weight.rpartition(".")
+        if entry.role == "bias":
+            targeted = {s.bias for e in net.entries if e.role == "method" for s in e.sites.values()}
+            prefixes[path] = f"{owner}.base_layer.{name}" if site.weight in targeted else site.weight
+        elif entry.method.takes_any:
+            prefixes[path] = ".".join(part for part in (owner, entry.method.file_infix, name) if part)
+        elif entry.role == "trainable_token_indices":
+            prefixes[path] = f"{path}.token_adapter."
+        elif site.kind.name == "raw":
+            levels.setdefault(owner, []).append(path)  # one wrapper per parameter: the first registered is innermost
+        else:
+            parent, _, last = path.rpartition(".")
+            inside = last == "out_proj" and f"{parent}.in_proj_weight" in entry.sites
+            prefixes[path] = f"{parent}.base_layer.{last}." if inside else f"{path}."
+    for owner, paths in levels.items():
+        for depth, path in enumerate(reversed(paths)):
+            prefixes[path] = f"{owner}." + "base_layer." * depth
+    return prefixes
+
+
+def _entry_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[str, str, str, Tensor]]:
+    """Yields ``(file key, path, peft key after the prefix, tensor)`` of every tensor an entry keeps in a file."""
+    if entry.method.wraps:
+        for key, t in entry.method.to_peft(None, adapter.leaves("")).items():
+            yield key, "", key, t
+        return
+    for path, site in entry.sites.items():
+        prefix = file_prefixes(net, entry)[path]
+        for key, t in entry.method.to_peft(Base(site, _meta(site)), adapter.leaves(path)).items():
+            yield _ROOT + prefix + key, path, key, t
+    for name, key in _shared_keys(entry.method).items():
+        for scope in {*adapter.params, *adapter.consts} - entry.sites.keys():
+            if name in adapter.leaves(scope):
+                yield f"base_model.{key}", scope, key, adapter.leaves(scope)[name]
+
+
+def _shared_keys(method: Method) -> Mapping[str, str]:
+    return method.shared_keys if getattr(method, "save_projection", True) else {}
+
+
+def _meta(site: Any) -> Tensor:
+    return torch.empty(site.shape, dtype=site.dtype, device="meta")
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def load_peft(
+    model: Model, params: Params, path: str | os.PathLike[str], *, revision: str | None = None, subfolder: str = ""
+) -> tuple[Net, Any]:
+    """Reads an adapter that peft (or ``save_peft``) wrote.
+
+    Args:
+        model: The base, from ``functionalize``.
+        params: The base's leaves; some methods re-make frozen tensors from them.
+        path: A directory, or an id of the Hugging Face hub.
+        revision: Revision on the hub.
+        subfolder: Folder inside the directory or repository.
+
+    Returns:
+        ``(net, adapter)``.
+
+    Raises:
+        FileNotFoundError: If there is no adapter config or no safetensors file.
+        CheckpointError: If a file is corrupt or truncated, is no adapter config, has a field that is not known here and is
+            not at its default, or lacks, adds or misshapes tensors; the message lists them.
+        NoMatchError: If the config's targets match nothing in this model.
+    """
+    folder = _folder(str(path), revision, subfolder)
+    config = read_config(folder / CONFIG)
+    method = method_of(config, str(folder / CONFIG))
+    net = adapt(model, _without_absent_heads(model, method, config))
+    tensors = read_tensors(folder / WEIGHTS)
+    return net, fill(net, params, tensors, str(folder / WEIGHTS))
+
+
+def _folder(path: str, revision: str | None, subfolder: str) -> Path:
+    local = Path(path) / subfolder
+    if Path(path).is_dir():
+        for name in (CONFIG, WEIGHTS):
+            if not (local / name).is_file():
+                there = sorted(p.name for p in local.glob("*")) if local.is_dir() else []
+                hint = "only safetensors are read, convert the .bin file with peft" if "adapter_model.bin" in there else ""
+                raise FileNotFoundError(errors.say(f"load_peft({path!r})", f"{name} must be there", f"{there}", hint))
+        return local
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = [hf_hub_download(path, name, subfolder=subfolder or None, revision=revision) for name in (CONFIG, WEIGHTS)]
+    except HFValidationError as e:
+        raise FileNotFoundError(errors.say(f"load_peft({path!r})", "an existing directory or a hub id is required", None)) from e
+    return Path(found[0]).parent
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads an adapter config; raises ``CheckpointError`` unless it is a JSON object with a known ``peft_type``."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise errors.CheckpointError(errors.say(str(path), "an adapter config must be JSON", str(e))) from e
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        found = sorted(config) if isinstance(config, dict) else type(config).__name__
+        raise errors.CheckpointError(errors.say(str(path), "an adapter config must be an object with a peft_type", found))
+    task = config.get("task_type")
+    if task is not None and task not in _TASKS:
+        raise errors.CheckpointError(errors.one_of(str(path), "task_type", task, _TASKS))
+    return config
+
+
+def registered() -> dict[str, list[type[Method]]]:
+    """Returns the registered methods by peft type."""
+    by_type: dict[str, list[type[Method]]] = {}
+    for name in methods.__all__:
+        cls = getattr(methods, name)
+        if cls.peft_type:
+            by_type.setdefault(cls.peft_type, []).append(cls)
+    return by_type
+
+
+def method_of(config: Mapping[str, Any], where: str = "adapter config") -> Method:
+    """Makes the method that a peft config describes; raises ``CheckpointError`` naming what it cannot stand for."""
+    classes = registered().get(config["peft_type"])
+    if not classes:
+        raise errors.CheckpointError(
+            errors.say(where, "peft_type must be a registered method", repr(config["peft_type"]), errors.nearest(config["peft_type"], registered()))
+        )
+    cls = next((c for c in classes if not _refused(c, config)), classes[0])
+    refused = _refused(cls, config)
+    if refused:
+        text = ", ".join(f"{k}={config[k]!r}" for k in refused)
+        raise errors.CheckpointError(errors.say(where, f"{cls.__name__} must know every field that is not at its default", text))
+    names = {f.name for f in dataclasses.fields(cls)}
+    given = {k: v for k, v in config.items() if k in names and not (v is None and _never_none(cls, k))}
+    if isinstance(given.get("modules_to_save"), list):
+        given["modules_to_save"] = list(dict.fromkeys(given["modules_to_save"]))
+    try:
+        return cls(**given)
+    except (TypeError, ValueError) as e:
+        raise errors.CheckpointError(errors.say(where, f"the fields must make a {cls.__name__}", str(e))) from e
+
+
+def _never_none(cls: type[Method], name: str) -> bool:
+    return next(f.default for f in dataclasses.fields(cls) if f.name == name) is not None
+
+
+def _refused(cls: type[Method], config: Mapping[str, Any]) -> list[str]:
+    """Lists the fields of a config that would change the result and for which a method has no field."""
+    names = {f.name for f in dataclasses.fields(cls)} | _COMMON
+    wrong = [k for k, v in cls.peft_fixed.items() if k not in _COMMON and k in config and config[k] != v and (config[k] or v)]
+    unknown = [k for k, v in config.items() if k not in names and k not in cls.peft_fixed and v not in (None, False, [], {}, "", "none")]
+    return sorted(wrong + unknown)
+
+
+def _without_absent_heads(model: Model, method: Method, config: Mapping[str, Any]) -> Method:
+    """Drops the head names that peft adds for a task and that this model does not have."""
+    if not method.modules_to_save or config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        return method
+    paths = [p for p, _ in model.modules()]
+    kept = [n for n in method.modules_to_save if n not in _HEADS or any(p == n or p.endswith(f".{n}") for p in paths)]
+    return dataclasses.replace(method, modules_to_save=kept or None)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file; raises ``CheckpointError`` if it is corrupt, truncated, or holds NaN."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 # not a dict
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise errors.CheckpointError(errors.say(str(path), "a whole safetensors file is required", str(e), "it is corrupt or truncated")) from e
+    broken = [k for k, t in tensors.items() if not all_finite(t.float() if t.is_floating_point() else t)]
+    if broken:
+        raise errors.CheckpointError(errors.say(str(path), "every tensor must be finite", f"NaN or infinity in {errors.listed(broken)}"))
+    return tensors
+
+
+def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str) -> Any:
+    """Returns an adapter of a net whose saved leaves are a file's; what the file does not hold is made as at init."""
+    left = {key if key.startswith("base_model.") or not _injected(net) else _ROOT + key: t for key, t in tensors.items()}
+    made: list[Adapter] = []
+    missing: list[str] = []
+    for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0)), strict=True):
+        made.append(_fill_entry(net, entry, fresh, left, missing, where))
+    extra = [k for k in left if not _tolerated(net, params, k, left[k], where)]
+    if missing or extra:
+        parts = [f"missing {errors.listed(missing)}"] * bool(missing) + [f"extra {errors.listed(extra)}"] * bool(extra)
+        raise errors.CheckpointError(errors.say(where, "the tensors must be those of the config's sites in this model", "; ".join(parts)))
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def _injected(net: Net) -> bool:
+    return not any(e.method.wraps for e in net.entries)
+
+
+def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], missing: list[str], where: str) -> Adapter:
+    found: dict[str, dict[str, Tensor]] = {}
+    for file_key, path, key, t in _entry_tensors(net, entry, fresh):
+        given = left.pop(file_key, None)
+        if given is None:
+            missing.append(file_key)
+        elif given.shape != t.shape:
+            raise errors.CheckpointError(errors.say(f"{where} at {file_key!r}", f"shape must be {tuple(t.shape)}", tuple(given.shape)))
+        else:
+            found.setdefault(path, {})[key] = given
+    params, consts = ({p: dict(v) for p, v in tree.items()} for tree in (fresh.params, fresh.consts))
+    for path, given in found.items():
+        for name, t in _leaves_of(entry, path, given).items():
+            tree = params if name in params.get(path, {}) else consts
+            old = tree.setdefault(path, {}).get(name)
+            tree[path][name] = t.clone() if old is None else t.to(dtype=old.dtype, device=old.device, copy=True)
+    return fresh.replace(params=params, consts=consts)
+
+
+def _leaves_of(entry: Entry, path: str, given: Mapping[str, Tensor]) -> Leaves:
+    if path in entry.sites:
+        return entry.method.from_peft(Base(entry.sites[path], _meta(entry.sites[path])), given)
+    if entry.method.wraps:
+        return entry.method.from_peft(None, given)
+    names = {key: name for name, key in entry.method.shared_keys.items()}
+    return {names[key]: t for key, t in given.items()}
+
+
+def _tolerated(net: Net, params: Params, key: str, tensor: Tensor, where: str) -> bool:
+    """Whether a surplus tensor is one that peft writes beside: a frozen base weight, or a tied or shared copy."""
+    plain = key.removeprefix(_ROOT)
+    base = plain.replace(".base_layer.", ".")
+    base = net.model.ties.get(base, base)
+    if base in params and isinstance(params[base], Tensor):
+        if params[base].shape != tensor.shape or not torch.equal(params[base].to(tensor.dtype), tensor):
+            raise errors.CheckpointError(
+                errors.say(f"{where} at {key!r}", "the file's base weight must be this model's", "another one", "load the base that the adapter was trained on")
+            )
+        return True
+    owner, _, last = plain.rpartition(".")
+    return last == "trainable_tokens_delta" and f"{owner}.weight" in net.model.ties
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def save_peft(
+    net: Net,
+    adapter: Adapters,
+    path: str | os.PathLike[str],
+    *,
+    task_type: str | None = None,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Writes an adapter so that peft, and what reads peft's files, loads it.
+
+    Args:
+        net: The net that the adapter is for.
+        adapter: One adapter; a stacked one must be unstacked first.
+        path: The directory; made if it is not there. Each file is written beside and then renamed.
+        task_type: peft's task type, or ``None``.
+        base_model_name_or_path: Where the base comes from, for readers that load it.
+
+    Raises:
+        ValueError: If the net has several methods, a field has no place in peft's config, the adapter is stacked, or a
+            leaf is not finite.
+    """
+    entry = _single(net)
+    if task_type is not None and task_type not in _TASKS:
+        raise ValueError(errors.one_of("save_peft", "task_type", task_type, _TASKS))
+    given = net._matched(adapter)
+    tensors: dict[str, Tensor] = {}
+    for one_entry, one in zip(net.entries, given, strict=True):
+        _refuse_stacked(one)
+        for key, _, _, t in _entry_tensors(net, one_entry, one):
+            if not all_finite(t):
+                raise ValueError(errors.say(f"save_peft at {key!r}", "every tensor must be finite", "NaN or infinity"))
+            tensors[key] = t.detach().to("cpu").contiguous().clone()
+    config = config_of(net, entry, given[net.entries.index(entry)], task_type, base_model_name_or_path)
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(errors.say("save_peft", "path must be a directory", f"the file {str(folder)!r}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _replace(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _single(net: Net) -> Entry:
+    own = [e for e in net.entries if e.role == "method"]
+    if len(own) != 1 or not own[0].method.peft_type:
+        names = [type(e.method).__name__ for e in own]
+        raise ValueError(errors.say("save_peft", "a net with one method that peft has is required", f"{names}", "save each method's adapter by itself, or merge"))
+    return own[0]
+
+
+def _refuse_stacked(adapter: Adapter) -> None:
+    for path, leaves in adapter.consts.items():
+        for name in ("scaling", "rank"):
+            if name in leaves and leaves[name].ndim:
+                raise ValueError(errors.say(f"save_peft at {path!r}", "one adapter is required", f"a stack of {len(leaves[name])}", "save each of unstack(adapter)"))
+
+
+def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, name: str | None) -> dict[str, Any]:
+    """Returns the content of ``adapter_config.json``."""
+    method = entry.method
+    config = method.to_peft_config({p: adapter.leaves(p) for p in (*entry.sites, "")})
+    if method.wraps:
+        config |= method.resolved(ModelFacts(net.model, {}))  # type: ignore[attr-defined]
+        config = {k: v for k, v in config.items() if k not in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")}
+    else:
+        config["target_modules"] = _targets(method, entry)
+    task = task_type or config.get("task_type")
+    cls = type(net.model.root)
+    return {
+        **config,
+        "peft_type": method.peft_type,
+        "task_type": task,
+        "peft_version": PEFT_VERSION,
+        "inference_mode": True,
+        "revision": None,
+        "base_model_name_or_path": name or getattr(net.model.config, "_name_or_path", None) or None,
+        "auto_mapping": None if task else {"base_model_class": cls.__name__, "parent_library": cls.__module__},
+    }
+
+
+def _targets(method: Method, entry: Entry) -> Any:
+    rule = method.target_modules
+    if isinstance(rule, str) and rule.lower() != "all-linear":
+        return rule
+    if isinstance(rule, tuple):
+        return list(rule)
+    if getattr(method, "target_parameters", None):
+        return []
+    return sorted({s.path for s in entry.sites.values()} if not method.takes_any else {s.weight.rpartition(".")[0] for s in entry.sites.values()})
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes a file beside its place, then renames it there, so that a failure leaves the old one whole."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,310 @@
+"""The laws: what every method must satisfy, one documented function each.
+
+A law takes a ``Case`` and raises ``AssertionError`` with the numbers if the case breaks it; it returns at once where it does
+not apply (no merged form, not additive). Usable by anyone on their own method: ``funcpeft.testing.check_method`` runs all
+of them. A law that cannot hold is waived in the method's class with the reason (``Method.waived``). Imports cases.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from funcpeft.adapt import adapt
+from funcpeft.context import Context
+from funcpeft.errors import NoMergedFormError
+from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.population import stack, unstack
+from funcpeft.testing.cases import Built, Case, close, distance, loss, outputs, same_bits
+from funcpeft.tree import Adapter, as_tuple, tree_map
+from funcpeft.weights import wide
+
+Law = Callable[[Case], None]
+
+
+def _agree(law: str, case: Case, got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float) -> None:
+    for g, w in zip(got, want, strict=True):
+        assert close(g, w, tolerance), f"{law}: differs by {distance(g, w):.3g}, allowed {tolerance:.3g}, at {case}"
+
+
+def identity(case: Case) -> None:
+    """A freshly initialised adapter changes nothing, to the float32 in which leaves are drawn, for methods that say so."""
+    b = case.built()
+    if case.method.identity_at_init:
+        drawn = torch.float32 if torch.finfo(case.dtype).eps < torch.finfo(torch.float32).eps else case.dtype
+        _agree("identity", case, b.out(b.fresh()), b.base_out(), b.tolerance(dtype=drawn))
+
+
+def merge(case: Case) -> None:
+    """The adapted model equals the base model on merged weights and biases, and the report's bound is finite."""
+    b = case.built()
+    if not case.method.merges:
+        try:
+            b.net.merge(b.params, b.adapter())
+        except NoMergedFormError:
+            return
+        raise AssertionError(f"merge: a method without a merged form must refuse, at {case}")
+    adapter = b.adapter()
+    merged, report = b.net.merge(b.params, adapter)
+    _agree("merge", case, b.out(adapter), b.base_out(merged), b.tolerance(merged))
+    assert all(torch.isfinite(t) for row in report.sites.values() for t in row.values()), f"merge: report not finite, at {case}"
+
+
+def unmerge(case: Case) -> None:
+    """Unmerging after merging restores weights and biases within a bound computed from their sizes and the method's gain."""
+    b = case.built()
+    if not (case.method.merges and case.method.unmerges):
+        return
+    adapter = b.adapter()
+    merged, _ = b.net.merge(b.params, adapter)
+    restored = b.net.unmerge(merged, adapter)
+    gain = max(_gains(b, adapter))
+    for key, w in b.params.items():
+        if w.is_floating_point():
+            size = float(merged[key].detach().double().abs().max() + w.double().abs().max()) if w.numel() else 0.0
+            # two roundings to the base's dtype, and the leaves' own (float32 at most) in the inverse
+            eps = max(torch.finfo(w.dtype).eps, torch.finfo(wide(w).dtype).eps * max(w.shape))
+            allowed = 16 * gain * eps * size
+            assert close(restored[key], w, allowed), (
+                f"unmerge: {key} differs by {distance(restored[key], w):.3g}, allowed {allowed:.3g}, at {case}"
+            )
+
+
+def _gains(b: Built, adapter: Adapter) -> list[float]:
+    found = [1.0]
+    for entry, one in zip(b.net.entries, as_tuple(adapter), strict=True):
+        for path, base in b.net.bases(entry, b.params).items():
+            shared = [one.leaves(s) for s in entry.scopes().get(path, ())]
+            leaves = {k: v for tree in (*shared, one.leaves(path)) for k, v in tree.items()}
+            found.append(float(entry.method.unmerge_gain(leaves, base)))
+    return found
+
+
+def purity(case: Case) -> None:
+    """Arguments are bitwise unchanged by init, apply, merge and unmerge, and nothing made aliases an argument."""
+    b = case.built()
+    adapter = b.adapter()
+    held = (b.params, adapter.params, adapter.consts, {"x": b.x})
+    before = tree_map(torch.clone, held)
+    fresh = b.fresh()
+    b.out(adapter)
+    made = [*pytree.tree_leaves((fresh.params, fresh.consts))]
+    if case.method.merges:
+        merged, _ = b.net.merge(b.params, adapter)
+        made += [t for k, t in merged.items() if t is not b.params.get(k) and k not in b.model.ties]
+        if case.method.unmerges:
+            b.net.unmerge(merged, adapter)
+    assert same_bits(before, held), f"purity: an argument was changed, at {case}"
+    owned = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(held) if t.numel()}
+    aliases = [t.shape for t in made if t.numel() and t.untyped_storage().data_ptr() in owned]
+    assert not aliases, f"purity: results of shapes {aliases} alias an argument, at {case}"
+
+
+def kind(case: Case) -> None:
+    """Shape, dtype and device of the output are the base's; the adapter's structure does not depend on the seed."""
+    b = case.built()
+    for got, want in zip(b.out(b.adapter()), b.base_out(), strict=True):
+        assert (got.shape, got.dtype, got.device) == (want.shape, want.dtype, want.device), (
+            f"kind: {tuple(got.shape)} {got.dtype} instead of {tuple(want.shape)} {want.dtype}, at {case}"
+        )
+    shapes = [tree_map(lambda t: (tuple(t.shape), t.dtype), (a.params, a.consts)) for a in (b.fresh(0), b.fresh(1))]
+    assert shapes[0] == shapes[1], f"kind: the structure depends on the seed, at {case}"
+    for leaves in b.fresh().params.values():
+        for name, t in leaves.items():
+            assert t.dtype == torch.promote_types(case.dtype, torch.float32), f"kind: leaf {name} is {t.dtype}, at {case}"
+
+
+def seed(case: Case) -> None:
+    """Equal seeds give equal bits; sites draw independently, and adding a site changes no other site's draw."""
+    b = case.built()
+    one, again, other = b.fresh(3), b.fresh(3), b.fresh(4)
+    assert same_bits((one.params, one.consts), (again.params, again.consts)), f"seed: equal seeds differ, at {case}"
+    sites = [s for s in one.params if s]
+    for name in one.params[sites[0]] if len(sites) == 2 else ():
+        first, second = (one.params[s].get(name) for s in sites)
+        drawn = not torch.equal(first, other.params[sites[0]][name])
+        if drawn and second is not None and first.shape == second.shape and first.numel() > 3:
+            assert not torch.equal(first, second), f"seed: two sites drew the same {name}, at {case}"
+    if not case.method.depends_on_sites and case.kind != "call":
+        alone = adapt(b.model, case.targeted("first")).init(b.params, 3)
+        for path, leaves in alone.params.items():
+            assert same_bits(leaves, one.params[path]), f"seed: a further site changed the draw at {path!r}, at {case}"
+
+
+def stacking(case: Case) -> None:
+    """``unstack`` of ``stack`` is the identity, bit for bit."""
+    b = case.built()
+    members = [b.adapter(i) for i in range(3)]
+    for member, back in zip(members, unstack(stack(members)), strict=True):
+        assert same_bits((member.params, member.consts), (back.params, back.consts)), f"stacking: a member changed, at {case}"
+
+
+def vmap(case: Case) -> None:
+    """``vmap`` over stacked adapters equals a loop over them: outputs, merged weights and gradients."""
+    b = case.built()
+    members = [b.adapter(i) for i in range(3)]
+    many = stack(members)
+    tolerance = b.tolerance()
+    got = torch.func.vmap(lambda a: b.out(a))(many)
+    for i, member in enumerate(members):
+        _agree("vmap", case, tuple(g[i] for g in got), b.out(member), tolerance * _size(b.out(member)))
+    if case.method.merges:
+        merged = torch.func.vmap(lambda a: b.net.merge(b.params, a)[0], out_dims=0)(many)
+        for i, member in enumerate(members):
+            alone, _ = b.net.merge(b.params, member)
+            for key in alone:
+                assert close(merged[key][i], alone[key], tolerance * _size((alone[key],))), f"vmap: merged {key} differs, at {case}"
+    grads = torch.func.vmap(lambda a: _grad(b, a))(many)
+    for i, member in enumerate(members):
+        alone = _grad(b, member)
+        for g, w in zip(pytree.tree_leaves(grads), pytree.tree_leaves(alone), strict=True):
+            allowed = tolerance * 100 * (_size((w,)) + _size(b.out(member)) ** 2)
+            assert close(g[i], w, allowed), f"vmap: a gradient differs by {distance(g[i], w):.3g}, allowed {allowed:.3g}, at {case}"
+
+
+def _size(tensors: tuple[Tensor, ...]) -> float:
+    return 1 + max((float(t.detach().double().abs().max()) for t in tensors if t.numel()), default=0.0)
+
+
+def _grad(b: Built, adapter: Adapter, **kwargs: object) -> object:
+    return torch.func.grad(lambda p: loss(b.out(adapter.replace(params=p), **kwargs)))(adapter.params)
+
+
+def grad(case: Case) -> None:
+    """Gradients are finite, and at init at least one leaf gets one that is not zero."""
+    b = case.built()
+    for adapter, must_reach in ((b.adapter(), False), (b.fresh(), True)):
+        leaves = pytree.tree_leaves(_grad(b, adapter))
+        assert all(bool(torch.isfinite(t).all()) for t in leaves), f"grad: not finite, at {case}"
+        assert not must_reach or not leaves or any(bool((t != 0).any()) for t in leaves), f"grad: reaches no leaf at init, at {case}"
+
+
+def derivative(case: Case) -> None:
+    """In float64 the gradient agrees with central differences along a random direction."""
+    b = case.built()
+    if case.dtype != torch.float64:
+        return
+    adapter = b.adapter()
+    direction = tree_map(lambda t: torch.sin(torch.arange(t.numel(), dtype=t.dtype) + 1).reshape(t.shape), adapter.params)
+
+    def along(h: float) -> Tensor:
+        return loss(b.out(adapter.replace(params=tree_map(lambda t, d: t + h * d, adapter.params, direction))))
+
+    grads = _grad(b, adapter)
+    analytic = float(sum((g * d).sum() for g, d in zip(pytree.tree_leaves(grads), pytree.tree_leaves(direction), strict=True)))
+    h = 1e-5
+    numeric = float((along(h) - along(-h)) / (2 * h))
+    # error of central differences: h^2 third derivative, and rounding eps |loss| / h
+    allowed = 1e-4 * (abs(analytic) + abs(numeric)) + 1e-9 * (1 + float(along(0.0)))
+    assert abs(analytic - numeric) <= allowed, f"derivative: {analytic:.6g} against differences {numeric:.6g}, at {case}"
+
+
+def compiled(case: Case) -> None:
+    """``torch.compile(fullgraph=True)`` equals eager, for the output and the gradient."""
+    b = case.built()
+    adapter = b.adapter()
+    torch.compiler.reset()
+    run = torch.compile(b.out, fullgraph=True, backend="aot_eager")
+    _agree("compiled", case, run(adapter), b.out(adapter), b.tolerance() * _size(b.out(adapter)))
+
+
+def round_trip(case: Case) -> None:
+    """Config to JSON and back is the identity, and so is an adapter saved to a file and loaded, bit for bit."""
+    b = case.built()
+    method = b.net.methods[0]
+    data = json.loads(json.dumps(method.to_dict()))
+    assert type(method).from_dict(data) == method, f"round trip: the config changed, at {case}"
+    assert hash(type(method).from_dict(data)) == hash(method), f"round trip: the hash changed, at {case}"
+    if not method.peft_type:
+        return
+    adapter = b.adapter()
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft(b.net, adapter, folder)
+        net, back = load_peft(b.model, b.params, folder)
+    for got, want in zip(outputs(net(b.params, back, b.x, **b.options())), b.out(adapter), strict=True):
+        assert torch.equal(got, want), f"round trip: the output changed by {distance(got, want):.3g}, at {case}"
+    assert same_bits(back.params, adapter.params), f"round trip: the leaves changed, at {case}"
+
+
+def add(case: Case) -> None:
+    """For additive methods, merging one adapter after another equals adding both updates."""
+    b = case.built()
+    if not case.method.additive:
+        return
+    one, two = b.adapter(0), b.adapter(1)
+    first, _ = b.net.merge(b.params, one, dtype=torch.float64)
+    second, _ = b.net.merge(b.params, two, dtype=torch.float64)
+    both, _ = b.net.merge(first, two, dtype=torch.float64)
+    for key, w in b.params.items():
+        if w.is_floating_point():
+            want = first[key].double() + second[key].double() - w.double()
+            allowed = 64 * torch.finfo(torch.float64).eps * _size((first[key], second[key]))
+            assert close(both[key], want, allowed), f"add: {key} differs by {distance(both[key], want):.3g}, at {case}"
+
+
+def nest(case: Case) -> None:
+    """Two methods at the same sites equal applying one after the other: the second sees the first's merged weights."""
+    b = case.built()
+    if not case.method.merges:
+        return
+    one, two = b.adapter(0), b.adapter(1)
+    net = adapt(b.model, [case.targeted(), case.targeted()])
+    step, _ = b.net.merge(b.params, one)
+    after, _ = b.net.merge(step, two)
+    both, _ = net.merge(b.params, (one, two))
+    tolerance = b.tolerance(step, after)
+    _agree("nest", case, b.base_out(both), b.base_out(after), 4 * tolerance)
+    got = outputs(net(b.params, (one, two), b.x, **b.options()))
+    _agree("nest", case, got, b.base_out(both), 4 * tolerance)
+
+
+def replay(case: Case) -> None:
+    """A training call is determined by its seed: equal seeds give equal bits, also member by member under ``vmap``."""
+    b = case.built()
+    members = [b.adapter(i) for i in range(2)]
+    context = Context(training=True, seed=11)
+    once, again = (b.out(members[0], context=context) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True)), f"replay: equal seeds differ, at {case}"
+    seeds = torch.tensor([11, 12])
+    got = torch.func.vmap(lambda a, s: b.out(a, context=Context(training=True, seed=s)))(stack(members), seeds)
+    for i, member in enumerate(members):
+        want = b.out(member, context=Context(training=True, seed=int(seeds[i])))
+        _agree("replay", case, tuple(g[i] for g in got), want, b.tolerance() * _size(want))
+
+
+def model(case: Case) -> None:
+    """``functionalize`` then call equals the module, bit for bit; the module's state is bitwise untouched."""
+    module = case.module().eval()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    b = case.built()
+    with torch.no_grad():
+        want = outputs(module(case.input(), **b.options()))
+        got = b.base_out(dict(b.params))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True)), f"model: the function is not the module, at {case}"
+    assert same_bits(before, dict(module.state_dict())), f"model: the module was changed, at {case}"
+
+
+#: Every law by name, in the order in which a new method is best brought to satisfy them.
+LAWS: dict[str, Law] = {
+    "identity": identity,
+    "merge": merge,
+    "unmerge": unmerge,
+    "purity": purity,
+    "kind": kind,
+    "seed": seed,
+    "stacking": stacking,
+    "vmap": vmap,
+    "grad": grad,
+    "derivative": derivative,
+    "compiled": compiled,
+    "round_trip": round_trip,
+    "add": add,
+    "nest": nest,
+    "replay": replay,
+    "model": model,
+}
