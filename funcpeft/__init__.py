@@ -1,0 +1,85 @@
+"""funcpeft: parameter-efficient fine-tuning as pure functions of trees, on torch.func.
+
+A model is a pure function, an adapter is a tree of tensors, and everything that fine-tuning does to them is a pure function of
+trees. The public names, re-exported; nothing is computed here.
+"""
+
+from funcpeft import optim, testing
+from funcpeft.adapt import Net, adapt, peft_init
+from funcpeft.context import Context
+from funcpeft.errors import CheckpointError, NoMatchError, NoMergedFormError
+from funcpeft.functional import Model, functionalize
+from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.merging import MergeReport
+from funcpeft.method import Additive, Method
+from funcpeft.methods import (
+    IA3,
+    OFT,
+    DoRA,
+    FourierFT,
+    Full,
+    LNTuning,
+    LoHa,
+    LoKr,
+    LoRA,
+    MiSS,
+    PrefixTuning,
+    PromptTuning,
+    RoAd,
+    SHiRA,
+    TrainableTokens,
+    VeRA,
+)
+from funcpeft.population import stack, unstack
+from funcpeft.quant import NF4, Int8
+from funcpeft.quantization import dequantize, quantize
+from funcpeft.train import value_and_grad
+from funcpeft.tree import Adapter
+from funcpeft.weights import Base, Quantized
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IA3",
+    "NF4",
+    "OFT",
+    "Adapter",
+    "Additive",
+    "Base",
+    "CheckpointError",
+    "Context",
+    "DoRA",
+    "FourierFT",
+    "Full",
+    "Int8",
+    "LNTuning",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "MergeReport",
+    "Method",
+    "MiSS",
+    "Model",
+    "Net",
+    "NoMatchError",
+    "NoMergedFormError",
+    "PrefixTuning",
+    "PromptTuning",
+    "Quantized",
+    "RoAd",
+    "SHiRA",
+    "TrainableTokens",
+    "VeRA",
+    "adapt",
+    "dequantize",
+    "functionalize",
+    "load_peft",
+    "optim",
+    "peft_init",
+    "quantize",
+    "save_peft",
+    "stack",
+    "testing",
+    "unstack",
+    "value_and_grad",
+]

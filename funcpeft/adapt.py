@@ -5,6 +5,7 @@ Imports targets, functional, merging, methods that others are desugared to, weig
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,8 +202,8 @@ class Net:
         if args:
             signature = inspect.signature(getattr(self.model.root, name))
             kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
-        call: Any = lambda **kw: self.model(attached, **kw) if name == "forward" else self.model.call(name, attached, **kw)  # noqa: E731
         facts = ModelFacts(self.model, attached)
+        call: Any = functools.partial(facts.call, name)
         for entry, one in zip(self.entries, as_tuple(adapter), strict=True):
             if entry.method.wraps:
                 call = entry.method.wrap(one.leaves(""), call, name, facts)  # type: ignore[attr-defined]

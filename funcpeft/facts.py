@@ -98,18 +98,18 @@ class ModelFacts:
         return self._widest()[1]
 
     def _widest(self) -> tuple[int, int]:
+        if shapes := self._per_layer():
+            return max(shapes, key=lambda shape: shape[1])
         heads = getattr(self.config, "num_key_value_heads", None) or self.num_attention_heads
         width = getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None)
         if not width:
             width = self._first("the width", "hidden_size", "n_embd", "d_model") // self.num_attention_heads
-        for one in self._per_layer():
-            if one[1] > width:
-                heads, width = one
         return heads, width
 
     def _per_layer(self) -> list[tuple[int, int]]:
         """Lists (key heads, head width) by layer, for a model whose layers differ."""
-        if getattr(self.config, "per_layer_config", None) is None:
+        varied = getattr(self.config, "per_layer_attributes", None) or ()
+        if not {"head_dim", "num_key_value_heads"} & set(varied):
             return []
         each = [self.config.per_layer_config[i] for i in range(self.num_layers)]
         return [(one.num_key_value_heads, one.head_dim) for one in each]
@@ -131,7 +131,7 @@ class ModelFacts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the model's floating leaves (the first one's)."""
+        """Dtype of the model's floating leaves (the first one's)."""
         return next(d for d in self._model.dtypes.values() if d.is_floating_point)
 
     @property
@@ -205,25 +205,33 @@ class ModelFacts:
         for index, (k, v) in enumerate(layers[: min(own, self.decoder_layers)]):
             heads, width = shapes[index] if shapes else (k.shape[1], k.shape[3])
             if heads <= k.shape[1] and width <= k.shape[3]:
-                _fill(cache, index, k[:, :heads, :, :width], v[:, :heads, :, :width])
-        return EncoderDecoderCache(cache, DynamicCache()) if self.encoder_decoder else cache
+                cache.update(k[:, :heads, :, :width], v[:, :heads, :, :width], index)
+        made: Any = EncoderDecoderCache(cache, DynamicCache()) if self.encoder_decoder else cache
+        made.virtual_tokens = layers[0][0].shape[-2] if layers else 0
+        return made
+
+    def virtual(self, cache: Any) -> int:
+        """Counts the tokens that a cache of ``self.cache`` started with; zero for any other."""
+        return getattr(cache, "virtual_tokens", 0)
 
     def held(self, cache: Any) -> int:
-        """Counts the tokens in a cache; zero if there is none."""
-        return 0 if cache is None else int(cache.get_seq_length())
+        """Counts the tokens in a cache beyond those it started with; zero if there is none."""
+        return 0 if cache is None else int(cache.get_seq_length()) - self.virtual(cache)
 
     def roomy(self, cache: Any) -> Any:
         """Returns an empty cache that grows in place of one of fixed size, which has no room for virtual tokens."""
         return self.cache([]) if cache is not None and getattr(cache, "is_compileable", False) else cache
 
 
-def _fill(cache: Any, index: int, k: Tensor, v: Tensor) -> None:
-    cache.update(k, v, index)
+#: Parameter names of forwards, by class; a dict, because the compiler does not look through a cached function.
+_PARAMETERS: dict[type, frozenset[str]] = {}
 
 
-@functools.cache
 def _parameters(cls: type) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+    found = _PARAMETERS.get(cls)
+    if found is None:
+        found = _PARAMETERS[cls] = frozenset(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+    return found
 
 
 def _takes(module: nn.Module | None, name: str) -> bool:

@@ -6,23 +6,28 @@ hold the caller's tensors; after it everything that the call wrote is put back, 
 weight is an expression the skeleton has no parameter but a stand-in: the layer's ``forward`` meets the expression, and any
 other reader sees shape, dtype and device, or the dense value, computed once per call.
 
-Each call takes a skeleton from a pool, so threads never share one; traced calls have one of their own. Imports weights,
-layers, tree, errors.
+Each call takes a skeleton from a pool, so threads never share one, nor do nested calls; traced calls have one of their own.
+Imports weights, layers, tree, errors.
 """
 
 from __future__ import annotations
 
 import copy
+import enum
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from funcpeft import errors, layers, rng
-from funcpeft.weights import Adapted, Expression, Quantized, Site, dense, dense_pair, meet
+from funcpeft.weights import Adapted, Site, dense, dense_pair, meet
 
 Params = dict[str, Any]
 
@@ -68,13 +73,17 @@ class _StandIn:
     shape = property(lambda self: self._source().shape)
     ndim = property(lambda self: len(self._source().shape))
     is_meta = property(lambda self: self._source().device.type == "meta")
-    requires_grad = False
+    is_cuda = property(lambda self: self._source().device.type == "cuda")
+    _is_param = False
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
         return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
 
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
@@ -85,37 +94,58 @@ class _StandIn:
     def __getitem__(self, index: Any) -> Tensor:
         return self._value()[index]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._value())
+
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __bool__(self) -> bool:
+        return bool(self._value())
+
+    def __hash__(self) -> int:
+        return id(self)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        def value(a: Any) -> Any:
-            if isinstance(a, _StandIn):
-                return a._value()
-            return type(a)(value(b) for b in a) if isinstance(a, list | tuple) else a
+        return func(*(_plain(a) for a in args), **{k: _plain(v) for k, v in (kwargs or {}).items()})
 
-        return func(*(value(a) for a in args), **{k: value(v) for k, v in (kwargs or {}).items()})
+
+class _TensorStandIn(_StandIn):
+    """A stand-in that passes ``isinstance(weight, torch.Tensor)``; a tracer takes such an object for a real tensor."""
+
+    __slots__ = ()
+    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]  # what a proxy is for
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value with the stand-ins in it, also those in lists and tuples, made dense."""
+    kind = type(value)
+    if kind is _StandIn or kind is _TensorStandIn:
+        return value._value()
+    return kind(_plain(v) for v in value) if kind is list or kind is tuple else value
 
 
 def _operator(name: str) -> Callable[..., Any]:
     def apply(self: _StandIn, *others: Any) -> Any:
-        return getattr(self._value(), name)(*(o._value() if isinstance(o, _StandIn) else o for o in others))
+        return getattr(self._value(), name)(*(_plain(o) for o in others))
 
     return apply
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "matmul", "rmatmul", "truediv", "rtruediv", "pow", "neg"):
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+_OTHER = ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "float", "int")
+for _name in (*_BINARY, *(f"r{n}" for n in _BINARY), *_OTHER):
     setattr(_StandIn, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _meeting(base: type) -> type:
     """Makes the class whose ``forward`` takes the place of a layer class's own in the method resolution order."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.__dict__["_binding"].meet(x)
+    def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.__dict__["_binding"].meet(*args, *kwargs.values())
 
     return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
@@ -125,45 +155,182 @@ _MEETING: dict[type, type] = {}
 
 def _site_class(cls: type, base: type) -> type:
     """Returns ``cls`` with ``base.forward`` replaced; a subclass that calls ``super().forward`` reaches it too."""
-    meeting = _MEETING.setdefault(base, _meeting(base))
-    if cls is base:
-        return meeting
-    return _MEETING.setdefault(cls, type(cls.__name__, (cls, meeting), {"__module__": cls.__module__}))
+    if base not in _MEETING:
+        _MEETING[base] = _meeting(base)
+    if cls not in _MEETING:
+        _MEETING[cls] = type(cls.__name__, (cls, _MEETING[base]), {"__module__": cls.__module__})
+    return _MEETING[cls]
 
 
-@dataclass(eq=False)
-class _Skeleton:
-    """A structure-only copy of the module, and where the tensors of a call go in it."""
+#: What holds nothing that a call could write, or what every copy shares.
+_ATOMS = (
+    *(str, bytes, int, float, complex, type(None), type, enum.Enum, weakref.ref, Tensor, _StandIn, _Binding, torch.dtype),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+)
 
-    module: nn.Module
-    slots: list[tuple[dict[str, Any], str, str, bool]]  # (dict of the module, name in it, key, whether a call may write)
-    bindings: dict[str, _Binding]  # by weight key
-    pristine: list[tuple[nn.Module, dict[str, Any], list[tuple[dict[str, Any], dict[str, Any]]]]] = field(
-        default_factory=list
-    )
-    marks: list[tuple[Any, ...]] = field(default_factory=list)
 
-    def remember(self) -> None:
-        """Records every module's attributes, so that whatever a forward writes can be found and put back."""
-        for m in self.module.modules():
-            inner = [d for d in m.__dict__.values() if type(d) is dict or type(d) is set]
-            self.pristine.append((m, dict(m.__dict__), [(d, copy.copy(d)) for d in inner]))  # type: ignore[misc]
-        self.marks = [self._mark(m) for m, _, _ in self.pristine]
+def _holders(root: Any, seen: dict[int, Any]) -> Iterator[Any]:
+    """Yields the collections reachable from one, attributes of plain objects among them, each once."""
+    stack = [root]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, _ATOMS):
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            yield item
+            stack += item.values()
+        elif isinstance(item, list | deque | set | tuple | frozenset):
+            yield item
+            stack += item
+        elif isinstance(item, nn.Module) or (hasattr(item, "__dict__") and not hasattr(item, "__deepcopy__")):
+            stack.append(vars(item))
 
-    @staticmethod
-    def _mark(m: nn.Module) -> tuple[Any, ...]:
-        d = m.__dict__
-        return (tuple(map(id, d.values())), tuple(map(id, m._buffers.values())), tuple(map(id, m._modules.values())))
+
+def _members(holder: Any) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
+
+
+class _Record:
+    """The content of every collection of a module, by which what a forward wrote is found and put back."""
+
+    def __init__(self, holders: Iterable[Any]) -> None:
+        mutable = [h for h in holders if not isinstance(h, tuple | frozenset)]
+        self.empty = [h for h in mutable if not h]
+        self.dicts = [(h, tuple(h.values()), dict(h)) for h in mutable if h and isinstance(h, dict)]
+        self.lists = [(h, tuple(h)) for h in mutable if h and isinstance(h, list | deque)]
+        self.sets = [(h, frozenset(h)) for h in mutable if h and isinstance(h, set)]
 
     def restore(self) -> None:
-        """Puts back the attributes of every module that no longer looks as it was recorded."""
-        for (m, attributes, inner), mark in zip(self.pristine, self.marks, strict=True):
-            if self._mark(m) != mark:
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-                for d, content in inner:
-                    d.clear()
-                    d.update(content)
+        if any(self.empty):
+            for h in self.empty:
+                h.clear()
+        for h, values, content in self.dicts:
+            if len(h) != len(values) or not all(map(is_, h.values(), values)):
+                h.clear()
+                h.update(content)
+        for h, values in self.lists:
+            if len(h) != len(values) or not all(map(is_, h, values)):
+                h.clear()
+                h.extend(values)
+        for h, content in self.sets:
+            if h != content:
+                h.clear()
+                h.update(content)
+
+
+_SCALARS = (bool, int, float, str, type(None))
+
+
+class _Skeleton:
+    """A structure-only copy of the module, and where the tensors of a call go in it.
+
+    A slot is ``(collection, index in it, key)``. Beside parameters and buffers, tensors in other attributes have slots: the
+    same tensor under another name (``_flat_weights`` of an LSTM), and constants, which a call gets as a copy, as buffers.
+    """
+
+    def __init__(
+        self, template: nn.Module, sites: Iterable[tuple[str, str, Site]], held: Mapping[str, str], traced: bool
+    ) -> None:
+        self.module = _copy(template)
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        self.slots: list[tuple[Any, Any, str]] = []
+        self.tuples: list[tuple[Any, Any, list[Any], Any]] = []
+        self.constants: dict[str, Tensor] = {}
+        self.copied: set[str] = set()
+        self.bindings: dict[str, _Binding] = {}
+        self._names: dict[int, str] = {}
+        seen: dict[int, Any] = {id(m): m for m in modules.values()}
+        for prefix, m in modules.items():
+            self._own_slots(f"{prefix}." if prefix else "", m, seen, held)
+        holders = [h for m in modules.values() for h in _holders(m.__dict__, seen)]
+        for h in holders:
+            self._other_slots(h)
+        stand_in = _StandIn if traced else _TensorStandIn
+        placed: set[tuple[int, str]] = set()
+        for owner, name, site in sites:
+            placed |= self._place(modules[owner], name, site, stand_in)
+        self.slots = [s for s in self.slots if (id(s[0]), s[2].rpartition(".")[2]) not in placed]
+        self.keys = tuple(dict.fromkeys(key for _, _, key in self.slots))
+        own = [d for m in {id(m): m for m in modules.values()}.values() for d in (m._parameters, m._buffers)]
+        self.record = _Record([*holders, *own])
+        usual = vars(nn.Module())
+        self.scalars = [
+            (m.__dict__, n, v)
+            for m in modules.values()
+            for n, v in m.__dict__.items()
+            if type(v) in _SCALARS and n not in usual
+        ]
+
+    def _own_slots(self, dot: str, m: nn.Module, seen: dict[int, Any], held: Mapping[str, str]) -> None:
+        rescales = isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
+        for d in (m._parameters, m._buffers):
+            if id(d) in seen:  # a module under two names has the slots of its first
+                continue
+            seen[id(d)] = d
+            for name, t in d.items():
+                if t is not None:
+                    self._names.setdefault(id(t), dot + name)
+                    self.slots.append((d, name, dot + name))
+                    if d is m._buffers or rescales:
+                        self.copied.add(held.get(dot + name, dot + name))
+
+    def _other_slots(self, holder: Any) -> None:
+        if isinstance(holder, set | tuple | frozenset):
+            return
+        for index, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+            if isinstance(value, Tensor):
+                self.slots.append((holder, index, self._key_of(value)))
+            elif isinstance(value, tuple):
+                leaves, spec = pytree.tree_flatten(value)
+                if any(isinstance(t, Tensor) for t in leaves):
+                    keyed = [(self._key_of(t), None) if isinstance(t, Tensor) else (None, t) for t in leaves]
+                    self.tuples.append((holder, index, keyed, spec))
+
+    def _key_of(self, t: Tensor) -> str:
+        if id(t) not in self._names:
+            key = self._names[id(t)] = f"<constant {len(self.constants)}>"
+            self.constants[key] = t
+        return self._names[id(t)]
+
+    def _place(self, module: nn.Module, name: str, site: Site, stand_in: type[_StandIn]) -> set[tuple[int, str]]:
+        """Turns a layer into a site: stand-ins in place of its parameters, which are returned, ``forward`` meets."""
+        binding = self.bindings[site.weight] = _Binding(site)
+        found = layers.kind_of(module)
+        assert found is not None
+        module.__class__ = _site_class(type(module), found[1])
+        module.__dict__["_binding"] = binding
+        names = (name, "bias") if site.bias is not None else (name,)
+        for which, own in enumerate(names):
+            module._parameters[own] = stand_in(binding, which)  # type: ignore[assignment]
+        return {(id(module._parameters), own) for own in names}
+
+    def taken(self) -> list[Any]:
+        """Returns what is in the slots, for ``restore_traced``."""
+        return [holder[index] for holder, index, *_ in (*self.slots, *self.tuples)]
+
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Puts a call's tensors in the slots."""
+        for holder, index, key in self.slots:
+            holder[index] = values[key]
+        for holder, index, keyed, spec in self.tuples:
+            holder[index] = pytree.tree_unflatten([t if key is None else values[key] for key, t in keyed], spec)
+
+    def restore(self) -> None:
+        """Puts back whatever the call wrote, and lets go of its tensors."""
+        self.record.restore()
+        for b in self.bindings.values():
+            b.bind(None, None)
+
+    def restore_traced(self, taken: list[Any]) -> None:
+        """Does what ``restore`` does in the way that a tracer follows; it meets scalar attributes, not collections."""
+        for (holder, index, *_), old in zip((*self.slots, *self.tuples), taken, strict=True):
+            holder[index] = old
+        for b in self.bindings.values():
+            b.bind(None, None)
+        for attributes, name, old in self.scalars:
+            if attributes.get(name) is not old:
+                attributes[name] = old
 
 
 class Model:
@@ -175,28 +342,28 @@ class Model:
         ties: Alias keys of tied tensors, each with the one key under which ``params`` holds the tensor. A tree may carry the
             alias too, which unties it.
         shapes: Shape of every leaf.
+        dtypes: dtype of every leaf.
+        buffers: Keys of the leaves that are buffers.
+        config: The module's ``config``, a copy, or ``None``.
+        name: Name of the module's class.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        names = dict(module.named_parameters(remove_duplicate=False))
+        self.ties, self._shared = _ties(module)
+        tensors = {n: t for n, t in _tensors(module).items() if n not in self.ties and n not in self._shared}
         buffers = dict(module.named_buffers(remove_duplicate=False))
-        first: dict[int, str] = {}
-        self.ties: dict[str, str] = {}
-        for name, t in (*names.items(), *buffers.items()):
-            if first.setdefault(id(t), name) != name:
-                self.ties[name] = first[id(t)]
-        self.shapes = {n: t.shape for n, t in (*names.items(), *buffers.items()) if n not in self.ties}
-        self.dtypes = {n: t.dtype for n, t in (*names.items(), *buffers.items()) if n not in self.ties}
-        self.buffers = frozenset(n for n in buffers if n not in self.ties)
+        self.shapes = {n: t.shape for n, t in tensors.items()}
+        self.dtypes = {n: t.dtype for n, t in tensors.items()}
+        self.buffers = frozenset(n for n in tensors if n in buffers)
         self._keys = frozenset(self.shapes)
         self._template = _copy(module)
         self._template.eval()
         self._pools: dict[frozenset[str], list[_Skeleton]] = {}
         self._traced: dict[frozenset[str], _Skeleton] = {}
         self._making = threading.Lock()
-        self._sites: dict[str, Site] = {}
         self.name = type(module).__name__
         self.config = getattr(self._template, "config", None)
+        self._sites = {s.weight: s for s in _sites(self)}
         self.prepare(frozenset())
 
     def __repr__(self) -> str:
@@ -211,25 +378,36 @@ class Model:
 
         Raises:
             KeyError: If a leaf is missing or unknown; the message names it and the nearest known one.
+            TypeError: If ``params`` is not a dict, or a leaf is neither a tensor nor an expression.
             ValueError: If a leaf has another shape than the module's.
         """
         return self._run(_itself, params, args, kwargs)[0]
 
     def call(self, method: str, params: Params, /, *args: Any, **kwargs: Any) -> Any:
-        """Calls another method of the module, such as ``"generate"``."""
+        """Calls another method of the module, such as ``"generate"``.
+
+        Raises:
+            KeyError: If the module has no such method.
+        """
         if not callable(getattr(self._template, method, None)):
             known = [n for n in dir(type(self._template)) if not n.startswith("_")]
-            raise KeyError(errors.say(self.name, "the module must have the method", repr(method), errors.nearest(method, known)))
+            hint = errors.nearest(method, known)
+            raise errors.NameMissingError(errors.say(self.name, "the module must have the method", repr(method), hint))
         return self._run(lambda m: getattr(m, method), params, args, kwargs)[0]
 
     def embed(self, params: Params, ids: Tensor) -> Tensor:
         """Looks up ids in the module's input embedding (``get_input_embeddings``, as transformers' models have it)."""
         if not hasattr(self._template, "get_input_embeddings"):
-            raise TypeError(errors.say(self.name, "the module must have get_input_embeddings", None, "use a transformers model"))
+            raise TypeError(
+                errors.say(self.name, "the module must have get_input_embeddings", None, "use a transformers model")
+            )
         return self._run(lambda m: m.get_input_embeddings(), params, (ids,), {})[0]
 
     def stateful(self, params: Params, /, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
-        """Returns the output and new params in which the buffers that the forward wrote have their new values."""
+        """Returns the output, and new params in which what the forward wrote has its new value.
+
+        That is buffers, and the weight that an ``Embedding`` with ``max_norm`` rescales. All other leaves are the argument's.
+        """
         return self._run(_itself, params, args, kwargs, stateful=True)
 
     # -- structure -----------------------------------------------------------------------------------------------------
@@ -244,10 +422,21 @@ class Model:
         return self._template
 
     def site(self, key: str) -> Site:
-        """Returns the static facts of a parameter, given its key in ``params``."""
-        if not self._sites:
-            self._sites = {s.weight: s for s in _sites(self)}
+        """Returns the static facts of a parameter, given its key in ``params``.
+
+        Raises:
+            KeyError: If there is no such parameter.
+        """
+        if key not in self._sites:
+            hint = errors.nearest(key, self._sites)
+            raise errors.NameMissingError(errors.say(self.name, "a site must be a parameter of the model", repr(key), hint))
         return self._sites[key]
+
+    @torch.compiler.disable()
+    def prepare(self, keys: frozenset[str]) -> None:
+        """Makes what a trace needs for params whose expressions are at these keys; ``net.init`` does so."""
+        if keys not in self._traced:
+            self._traced[keys] = self._make(keys, traced=True)
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
@@ -259,110 +448,101 @@ class Model:
         missing = sorted(self._keys - keys)
         unknown = sorted(k for k in keys - self._keys if k not in self.ties)
         if unknown:
-            hint = errors.nearest(unknown[0], missing or self._keys)
-            raise errors.NameMissingError(errors.say(self.name, "params must hold the model's leaves only", errors.listed(unknown), hint))
+            key, rule = unknown[0], "params must hold the model's leaves only"
+            hint = errors.nearest(key, missing or self._keys)
+            if key in self._shared:
+                hint = f"its module is also that of {self._shared[key]!r}, which is the leaf, so the two cannot differ"
+            raise errors.NameMissingError(errors.say(self.name, rule, errors.listed(unknown), hint))
         if missing:
-            raise errors.NameMissingError(
-                errors.say(self.name, "params must hold every leaf", f"none for {errors.listed(missing)}", "take params from functionalize")
-            )
+            found, remedy = f"none for {errors.listed(missing)}", "take params from functionalize"
+            raise errors.NameMissingError(errors.say(self.name, "params must hold every leaf", found, remedy))
 
     def _run(
         self, target: Callable[[nn.Module], Any], params: Params, args: Any, kwargs: Any, *, stateful: bool = False
     ) -> tuple[Any, Params]:
         if not isinstance(params, dict):
-            raise TypeError(errors.say(self.name, "params must be a dict of leaves", type(params).__name__, "take params from functionalize"))
+            found = type(params).__name__
+            raise TypeError(errors.say(self.name, "params must be a dict of leaves", found, "take params from functionalize"))
         self.check(params)
         expressions = frozenset(k for k, v in params.items() if not isinstance(v, Tensor))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             # the graph does not run this object, but its guards read it: one that no eager call ever touches
-            return self._fill(self._trace_skeleton(expressions), target, params, args, kwargs, stateful)
+            return self._run_traced(self._traced[expressions], target, params, args, kwargs, stateful)
         pool = self._pools.setdefault(expressions, [])
         try:
             skeleton = pool.pop()
         except IndexError:
             skeleton = self._make(expressions)
         try:
-            return self._fill(skeleton, target, params, args, kwargs, stateful)
+            values = self._bind(skeleton, params)
+            out = target(skeleton.module)(*args, **kwargs)
+            return out, self._written(skeleton, params, values) if stateful else params
         finally:
             skeleton.restore()
             pool.append(skeleton)
 
-    def _fill(
+    def _run_traced(
         self, s: _Skeleton, target: Callable[[nn.Module], Any], params: Params, args: Any, kwargs: Any, stateful: bool
     ) -> tuple[Any, Params]:
-        taken = [d.get(name) for d, name, _, _ in s.slots]
-        read = self._read(s, params)
+        taken = s.taken()
         try:
-            for d, name, key, written in s.slots:
-                value = read.get(key)
-                if value is None:
-                    value = params[key] if key in params else params[self.ties[key]]
-                if not isinstance(value, Tensor):
-                    value = dense(value)
-                elif value.shape != self.shapes[self.ties.get(key, key)]:
-                    raise ValueError(
-                        errors.say(f"params[{key!r}]", f"shape must be {tuple(self.shapes[self.ties.get(key, key)])}", tuple(value.shape))
-                    )
-                d[name] = value.clone() if written else value
-            for key, b in s.bindings.items():
-                bias = None if b.site.bias is None else dense(params[b.site.bias])
-                b.bind(params[key], bias)
+            values = self._bind(s, params)
             out = target(s.module)(*args, **kwargs)
-            if not stateful:
-                return out, params
-            now = {key: d[name] for d, name, key, written in s.slots if written and key in self.buffers}
-            return out, {**params, **now}
+            return out, self._written(s, params, values) if stateful else params
         finally:
-            for (d, name, _, _), old in zip(s.slots, taken, strict=True):
-                d[name] = old
-            for b in s.bindings.values():
-                b.bind(None, None)
+            s.restore_traced(taken)
+
+    def _bind(self, s: _Skeleton, params: Params) -> Params:
+        """Puts a call's tensors and expressions into a skeleton, and returns the tensors by key of their slot."""
+        values = self._read(s, params)
+        copies: Params = {}
+        for key in s.keys:
+            if key in values:
+                continue
+            source = key if key in params else self.ties.get(key, key)
+            value = s.constants[key] if key in s.constants else params[source]
+            if key in s.constants or self.ties.get(key, key) in s.copied:  # a forward may write it
+                value = copies[source] = copies[source] if source in copies else dense(value).clone()
+            values[key] = self._fitting(source, value) if isinstance(value, Tensor) else dense(value)
+        s.fill(values)
+        for key, b in s.bindings.items():
+            b.bind(params[key], None if b.site.bias is None else dense(self._leaf(params, b.site.bias)))
+        return values
+
+    def _fitting(self, key: str, value: Tensor) -> Tensor:
+        shape = self.shapes.get(self.ties.get(key, key), value.shape)
+        if value.shape != shape:
+            raise ValueError(errors.say(f"params[{key!r}]", f"shape must be {tuple(shape)}", tuple(value.shape)))
+        return value
+
+    def _leaf(self, params: Params, key: str) -> Any:
+        return params[key] if key in params else params[self.ties[key]]
 
     def _read(self, s: _Skeleton, params: Params) -> Params:
         """Makes dense, weight and bias together, the adapted weights that a module reads by itself."""
         read: Params = {}
         for key, value in params.items():
             if isinstance(value, Adapted) and key not in s.bindings and value.site.bias is not None:
-                bias = dense(params[value.site.bias])
-                read[key], read[value.site.bias] = dense_pair(value, bias)
+                read[key], read[value.site.bias] = dense_pair(value, dense(self._leaf(params, value.site.bias)))
         return read
 
-    def _trace_skeleton(self, expressions: frozenset[str]) -> _Skeleton:
-        if expressions not in self._traced:
-            self._traced[expressions] = self._make(expressions)
-        return self._traced[expressions]
+    def _written(self, s: _Skeleton, params: Params, values: Params) -> Params:
+        """Returns params with the leaves that a forward wrote, in place or by putting another tensor in the slot."""
+        new: Params = {}
+        for holder, name, key in s.slots:
+            now = holder.get(name) if isinstance(holder, dict) else None
+            if now is None or key in s.constants or self.ties.get(key, key) not in s.copied:
+                continue
+            if now is not values[key]:
+                new[key] = now
+            elif torch.compiler.is_dynamo_compiling() or now._version:
+                new[key if key in params else self.ties.get(key, key)] = now
+        return {**params, **new}
 
-    @torch.compiler.disable
-    def prepare(self, keys: frozenset[str]) -> None:
-        """Makes the skeletons for params whose expressions are at these keys, ahead of a trace."""
-        if keys not in self._traced:
-            self._traced[keys] = self._make(keys)
-
-    def _make(self, expressions: frozenset[str]) -> _Skeleton:
+    def _make(self, expressions: frozenset[str], *, traced: bool = False) -> _Skeleton:
+        sites = [(*_split(key), site) for key in sorted(expressions) if (site := self.site(key)).met]
         with self._making:  # copying reads the template, which a first copy in another thread may still be settling
-            return self._make_now(expressions)
-
-    def _make_now(self, expressions: frozenset[str]) -> _Skeleton:
-        module = copy.deepcopy(self._template)
-        modules = dict(module.named_modules(remove_duplicate=False))
-        bindings: dict[str, _Binding] = {}
-        for key in sorted(expressions):
-            site = self.site(key)
-            owner, name = _split(key)
-            if site.met:
-                bindings[key] = _place(modules[owner], name, site)
-        slots: list[tuple[dict[str, Any], str, str, bool]] = []
-        seen: set[tuple[int, str]] = set()
-        for prefix, m in modules.items():
-            writes = isinstance(m, nn.Embedding) and m.max_norm is not None
-            for d, kept in ((m._parameters, writes), (m._buffers, True)):
-                for name, t in d.items():
-                    if t is not None and (id(m), name) not in seen:
-                        seen.add((id(m), name))
-                        slots.append((d, name, f"{prefix}.{name}" if prefix else name, kept))
-        skeleton = _Skeleton(module, slots, bindings)
-        skeleton.remember()
-        return skeleton
+            return _Skeleton(self._template, sites, self.ties, traced)
 
 
 def _itself(module: nn.Module) -> nn.Module:
@@ -374,38 +554,44 @@ def _split(key: str) -> tuple[str, str]:
     return owner, name
 
 
-def _place(module: nn.Module, name: str, site: Site) -> _Binding:
-    """Turns a layer of a skeleton into a site: no parameters, stand-ins in their place, ``forward`` meets."""
-    binding = _Binding(site)
-    found = layers.kind_of(module)
-    assert found is not None
-    module.__class__ = _site_class(type(module), found[1])
-    module.__dict__["_binding"] = binding
-    del module._parameters[name]
-    module.__dict__[name] = _StandIn(binding, 0)
-    if site.bias is not None:
-        del module._parameters["bias"]
-        module.__dict__["bias"] = _StandIn(binding, 1)
-    return binding
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers by every name they have."""
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _ties(module: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the aliases of tied tensors, and those that a module under two names makes; each with the first name."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
+    slots: dict[tuple[int, str], str] = {}
+    ties: dict[str, str] = {}
+    shared: dict[str, str] = {}
+    for key, t in _tensors(module).items():
+        owner, name = _split(key)
+        same = slots.setdefault((id(modules[owner]), name), key)
+        if same != key:
+            shared[key] = same
+        elif first.setdefault(id(t), key) != key:
+            ties[key] = first[id(t)]
+    return ties, {alias: ties.get(key, key) for alias, key in shared.items()}
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """Copies a module's structure with every parameter and buffer on the meta device; ties stay ties."""
+    """Copies a module's structure with every parameter and buffer on the meta device; ties stay ties, constants are shared."""
     memo: dict[int, Any] = {}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in module.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
-    for m in module.modules():  # a tensor kept as a plain attribute is constant; it is shared, not copied
-        for t in m.__dict__.values():
-            if isinstance(t, Tensor) and id(t) not in memo:
-                memo[id(t)] = t
+    for holder in _holders(module, {}):
+        for t in _members(holder):
+            if isinstance(t, Tensor):
+                memo.setdefault(id(t), t)
     try:
         return copy.deepcopy(module, memo)
     except Exception as e:
-        raise TypeError(
-            errors.say(f"functionalize({type(module).__name__})", "the module must be copyable", f"{type(e).__name__}: {e}")
-        ) from e
+        found = f"{type(e).__name__}: {e}"
+        raise TypeError(errors.say(f"functionalize({type(module).__name__})", "the module must be copyable", found)) from e
 
 
 def _sites(model: Model) -> Iterator[Site]:
@@ -428,7 +614,9 @@ def _sites(model: Model) -> Iterator[Site]:
             bias = f"{owner}.bias" if owner else "bias"
         path = owner if name == "weight" and owner else key
         salt = rng.fold_in(0, path) & 0x7FFFFFFF
-        yield Site(path, key, bias, layers.parameter_kind(module, name), model.shapes[held], model.dtypes[held], index, met, salt)
+        yield Site(
+            path, key, bias, layers.parameter_kind(module, name), model.shapes[held], model.dtypes[held], index, met, salt
+        )
 
 
 def functionalize(module: nn.Module) -> tuple[Model, Params]:
@@ -443,14 +631,22 @@ def functionalize(module: nn.Module) -> tuple[Model, Params]:
 
     Raises:
         TypeError: If ``module`` is not an ``nn.Module`` or cannot be copied.
-        ValueError: If a parameter is on the meta device.
+        ValueError: If a parameter or buffer holds no data (on the meta device, or of a lazy module).
+
+    Note:
+        State that a forward keeps in attributes starts each call as it was when this function was called. A forward that
+        changes one of its *parameters* in place (only ``max_norm`` of torch's layers does) would change the caller's leaf.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(errors.say("functionalize", "an nn.Module is required", type(module).__name__))
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, t in tensors.items():
-        if t.is_meta:
-            raise ValueError(errors.say(f"functionalize at {name!r}", "every tensor must hold data", "a meta tensor", "load the weights first"))
+        lazy = nn.parameter.is_lazy(t)
+        if lazy or t.is_meta:
+            found, remedy = (
+                ("a lazy tensor", "call the module once first") if lazy else ("a meta tensor", "load the weights first")
+            )
+            raise ValueError(errors.say(f"functionalize at {name!r}", "every tensor must hold data", found, remedy))
     register_caches()
     return Model(module), {name: t.detach() for name, t in tensors.items()}
 
@@ -459,13 +655,26 @@ def register_caches() -> None:
     """Registers transformers' cache classes with torch's pytree, so that a default model's output maps under ``vmap``."""
     import sys
 
-    if "transformers" not in sys.modules:
-        return
-    _CacheNode.register()
+    if "transformers" in sys.modules:
+        _CacheNode.register()
+
+
+class _Static:
+    """A cache without its tensors: the static part of a node, equal where type, layers and places of tensors are."""
+
+    def __init__(self, cache: Any, places: list[list[tuple[str, Any]]], layers: Iterable[type]) -> None:
+        self.cache, self.places = cache, places
+        self._facts = (type(cache), tuple(layers), tuple(map(tuple, places)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self._facts == other._facts
+
+    def __hash__(self) -> int:
+        return hash(self._facts)
 
 
 class _CacheNode:
-    """How transformers' ``DynamicCache`` and ``EncoderDecoderCache`` are trees: key and value tensors per layer."""
+    """How transformers' caches are trees: the tensors of each layer, among them those in its dicts (states of Mamba)."""
 
     done: ClassVar[bool] = False
 
@@ -473,53 +682,76 @@ class _CacheNode:
     def register(cls) -> None:
         if cls.done:
             return
-        import torch.utils._pytree as pytree
-        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
-        for node in (DynamicCache, EncoderDecoderCache):
+        for node, flatten, unflatten in (
+            (DynamicCache, cls.flatten, cls.unflatten),
+            (StaticCache, cls.flatten, cls.unflatten),
+            (EncoderDecoderCache, cls.flatten_pair, cls.unflatten_pair),
+        ):
             if node not in pytree.SUPPORTED_NODES:
-                pytree.register_pytree_node(node, cls.flatten, cls.unflatten)
+                pytree.register_pytree_node(node, flatten, unflatten)
         cls.done = True
 
     @staticmethod
-    def flatten(cache: Any) -> tuple[list[Tensor], Any]:
-        leaves: list[Tensor] = []
-        shell = copy.copy(cache)
-        if hasattr(cache, "self_attention_cache"):
-            parts = [_CacheNode.flatten(c) for c in (cache.self_attention_cache, cache.cross_attention_cache)]
-            return [t for ts, _ in parts for t in ts], (shell, [(len(ts), ctx) for ts, ctx in parts])
-        shell.layers = [copy.copy(layer) for layer in cache.layers]
-        names: list[tuple[str, ...]] = []
-        for layer in shell.layers:
-            held = tuple(n for n, v in vars(layer).items() if isinstance(v, Tensor))
-            placed = vars(layer).get("_held", ())
-            if any(vars(layer).get(n) is not None and n not in held for n in placed):
-                held = placed  # a transform put its own objects (dims, specs) where the tensors were
-            leaves += [getattr(layer, n) for n in held]
-            for n in held:
-                setattr(layer, n, None)
-            names.append(held)
-        return leaves, (shell, names)
+    def _places(layer: Any) -> list[tuple[str, Any]]:
+        """Lists where a layer has tensors: attribute, and key in it if it is a dict."""
+        found: list[tuple[str, Any]] = []
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                found.append((name, None))
+            elif isinstance(value, dict):
+                found += [(name, k) for k, t in value.items() if isinstance(t, Tensor)]
+        kept = vars(layer).get("_places", [])
+        if any(place not in found and _CacheNode._at(layer, *place) is not None for place in kept):
+            return kept  # a transform put its own objects (dims, specs) where the tensors were
+        return found
 
     @staticmethod
-    def unflatten(children: Any, context: Any) -> Any:
-        shell, names = context
-        children, cache = list(children), copy.copy(shell)
-        if hasattr(shell, "self_attention_cache"):
-            made = []
-            for count, ctx in names:
-                made.append(_CacheNode.unflatten(children[:count], ctx))
-                children = children[count:]
-            cache.self_attention_cache, cache.cross_attention_cache = made
-            return cache
-        cache.layers = [copy.copy(layer) for layer in shell.layers]
-        for layer, held in zip(cache.layers, names, strict=True):
-            layer._held = held
-            for n in held:
-                setattr(layer, n, children.pop(0))
+    def _at(layer: Any, name: str, k: Any) -> Any:
+        return getattr(layer, name) if k is None else getattr(layer, name)[k]
+
+    @staticmethod
+    def _with(layer: Any, places: list[tuple[str, Any]], values: Iterable[Any]) -> Any:
+        """Copies a layer with values put at places."""
+        made = copy.copy(layer)
+        for name in dict.fromkeys(n for n, k in places if k is not None):
+            setattr(made, name, dict(getattr(layer, name)))
+        for (name, k), value in zip(places, values, strict=True):
+            if k is None:
+                setattr(made, name, value)
+            else:
+                getattr(made, name)[k] = value
+        made._places = places
+        return made
+
+    @staticmethod
+    def flatten(cache: Any) -> tuple[list[Any], _Static]:
+        shell = copy.copy(cache)
+        places = [_CacheNode._places(layer) for layer in cache.layers]
+        leaves = [_CacheNode._at(layer, *p) for layer, here in zip(cache.layers, places, strict=True) for p in here]
+        shell.layers = [_CacheNode._with(x, p, [None] * len(p)) for x, p in zip(cache.layers, places, strict=True)]
+        return leaves, _Static(shell, places, map(type, shell.layers))
+
+    @staticmethod
+    def unflatten(children: Iterable[Any], static: _Static) -> Any:
+        values, cache = list(children), copy.copy(static.cache)
+        cache.layers = []
+        for layer, places in zip(static.cache.layers, static.places, strict=True):
+            cache.layers.append(_CacheNode._with(layer, places, values[: len(places)]))
+            values = values[len(places) :]
         return cache
 
+    @staticmethod
+    def flatten_pair(cache: Any) -> tuple[list[Any], _Static]:
+        shell = copy.copy(cache)
+        shell.is_updated = dict(cache.is_updated)
+        shell.self_attention_cache = shell.cross_attention_cache = None
+        return [cache.self_attention_cache, cache.cross_attention_cache], _Static(shell, [], ())
 
-def as_expression(params: Params) -> dict[str, Expression]:
-    """Returns the leaves that are expressions rather than tensors."""
-    return {k: v for k, v in params.items() if isinstance(v, Adapted | Quantized)}
+    @staticmethod
+    def unflatten_pair(children: Iterable[Any], static: _Static) -> Any:
+        cache = copy.copy(static.cache)
+        cache.is_updated = dict(cache.is_updated)
+        cache.self_attention_cache, cache.cross_attention_cache = children
+        return cache

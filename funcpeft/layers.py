@@ -154,12 +154,10 @@ class Embedding(Kind):
         return matrix.mT
 
     def product(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
-        return F.embedding(
-            x, stored, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse
-        )
+        return F.embedding(x, stored, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse)
 
     def map(self, x: Tensor, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
-        return F.embedding(x, matrix.mT)
+        return F.embedding(x, matrix.mT, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def _linear(m: nn.Linear) -> Kind | None:
 def _conv(m: nn.Module) -> Kind:
     assert isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     padding = m.padding if isinstance(m.padding, str) else tuple(m.padding)
-    edges = tuple(m._reversed_padding_repeated_twice) if m.padding_mode != "zeros" else ()  # noqa: SLF001 # as forward
+    edges = tuple(m._reversed_padding_repeated_twice) if m.padding_mode != "zeros" else ()
     return Conv(m.weight.ndim - 2, tuple(m.stride), padding, tuple(m.dilation), m.groups, m.padding_mode, edges)
 
 
@@ -233,7 +231,13 @@ _ROWS: tuple[tuple[Callable[[nn.Module], bool], str, Callable[..., Kind | None]]
 
 
 def kind_of(module: nn.Module) -> tuple[Kind, type] | None:
-    """Returns the kind of a module's ``weight`` and the class whose ``forward`` meets it, or ``None``."""
+    """Returns the kind of a module's ``weight`` and the class whose ``forward`` meets it, or ``None``.
+
+    A weight or bias that is computed from other parameters (``torch.nn.utils.parametrize``) is none of the module's.
+    """
+    own = module._parameters
+    if own.get("weight") is None or (own.get("bias") is None and getattr(module, "bias", None) is not None):
+        return None
     for matches, name, make in _ROWS:
         if matches(module):
             kind = make(module)

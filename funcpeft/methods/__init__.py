@@ -5,8 +5,33 @@ from funcpeft.methods.fourierft import FourierFT
 from funcpeft.methods.full import Full
 from funcpeft.methods.ia3 import IA3
 from funcpeft.methods.lntuning import LNTuning
+from funcpeft.methods.loha import LoHa
+from funcpeft.methods.lokr import LoKr
 from funcpeft.methods.lora import LoRA
+from funcpeft.methods.miss import MiSS
+from funcpeft.methods.oft import OFT
+from funcpeft.methods.prefixtuning import PrefixTuning
+from funcpeft.methods.prompttuning import PromptTuning
+from funcpeft.methods.road import RoAd
+from funcpeft.methods.shira import SHiRA
 from funcpeft.methods.trainabletokens import TrainableTokens
 from funcpeft.methods.vera import VeRA
 
-__all__ = ["IA3", "DoRA", "FourierFT", "Full", "LNTuning", "LoRA", "TrainableTokens", "VeRA"]
+__all__ = [
+    "IA3",
+    "OFT",
+    "DoRA",
+    "FourierFT",
+    "Full",
+    "LNTuning",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "MiSS",
+    "PrefixTuning",
+    "PromptTuning",
+    "RoAd",
+    "SHiRA",
+    "TrainableTokens",
+    "VeRA",
+]

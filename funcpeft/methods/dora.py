@@ -57,13 +57,19 @@ class DoRA(LoRA):
     additive: ClassVar[bool] = False
     weight_free: ClassVar[bool] = False
     waived: ClassVar[dict[str, str]] = {
-        "unmerge": "rows of the merged weight have length m whatever the base's length was; keep the base params"
+        "unmerge": "rows of the merged weight have length m whatever the base's length was; keep the base params",
+        "derivative": "the norm is a constant to differentiation, as the paper defines the gradient",
     }
     unmerge = Method.unmerge
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(not self.lora_bias, "lora_bias", "False", self.lora_bias, "use LoRA, whose update may have a bias")
+
+    @classmethod
+    def examples(cls) -> tuple[DoRA, ...]:
+        """Returns plain DoRA, one with dropout, and one that starts from factors of the base."""
+        return cls(r=2, lora_alpha=3), cls(r=2, lora_dropout=0.25), cls(r=1, lora_alpha=3, init_lora_weights="pissa")
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         params, consts = super().init_site(base, gen)

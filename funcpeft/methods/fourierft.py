@@ -35,7 +35,7 @@ _LARGE = 2**18
 
 def frequencies(out: int, in_: int, n: int, seed: int) -> Tensor:
     """Draws ``n`` different places of an ``(out, in)`` matrix, as flat indices."""
-    return torch.randperm(out * in_, generator=rng.generator(rng.stream(seed), ""), device="cpu")[:n].clone()
+    return torch.randperm(out * in_, generator=rng.stream(seed).generator, device="cpu")[:n].clone()
 
 
 def transform(c: Tensor, index: Tensor, out: int, in_: int) -> Tensor:
@@ -81,13 +81,16 @@ class FourierFT(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, n in (
-            ("n_frequency", self.n_frequency),
-            *(("n_frequency_pattern", n) for n in self.n_frequency_pattern.values()),
-        ):
-            self.require(isinstance(n, int) and n > 0, field, "a positive integer", n)
+        for n in (self.n_frequency, *self.n_frequency_pattern.values()):
+            self.require(isinstance(n, int) and n > 0, "n_frequency", "a positive integer", n)
         self.require(isinstance(self.random_loc_seed, int), "random_loc_seed", "an integer", self.random_loc_seed)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
+
+    @classmethod
+    def examples(cls) -> tuple[FourierFT, ...]:
+        """Returns an update of few frequencies and one whose number follows a pattern."""
+        few = cls(n_frequency=1, scaling=3.0)
+        return few, cls(n_frequency=4, scaling=20.0, n_frequency_pattern={"second": 2}, init_weights=True)
 
     def count(self, path: str) -> int:
         """Returns the number of coefficients at a site."""

@@ -52,32 +52,33 @@ class IA3(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.feedforward_modules, str):
-            try:
-                re.compile(self.feedforward_modules)
-            except re.error as e:
-                rule = "a valid regular expression"
-                raise ValueError(
-                    errors.say(self.label, f"feedforward_modules must be {rule}", f"{self.feedforward_modules!r} ({e})")
-                ) from e
-        elif self.feedforward_modules and isinstance(self.target_modules, tuple):
-            stray = [f for f in self.feedforward_modules if not self._may_target(f)]
+        names = self.feedforward_modules
+        if isinstance(names, str):
+            self.require(_compiles(names), "feedforward_modules", "a valid regular expression or a list", names)
+        elif names and isinstance(self.target_modules, tuple):
+            stray = [n for n in names if not self._may_target(n)]
             self.require(not stray, "feedforward_modules", f"among target_modules {list(self.target_modules)}", stray)
+
+    @classmethod
+    def examples(cls) -> tuple[IA3, ...]:
+        """Returns one that scales outputs, and one that scales inputs at some sites."""
+        return cls(), cls(feedforward_modules=".*second")
 
     def _may_target(self, feedforward: str) -> bool:
         """Whether the targets can contain a module with this ending; a target may be the longer or the shorter name."""
         targets = self.target_modules
         return not isinstance(targets, tuple) or any(t.endswith(feedforward) or feedforward.endswith(t) for t in targets)
 
-    def resolve(self, default: Callable[[str], Any]) -> Self:
+    def resolve(self, default: Callable[[str, str], Any]) -> Self:
         """Returns the method with ``feedforward_modules`` filled in.
 
         Args:
-            default: From the name of a table of defaults to the architecture's entry; ``None`` if there is no architecture.
+            default: From the names of a table of defaults and of the field it fills to the architecture's entry; ``None`` where
+                the model has no architecture.
         """
         if self.feedforward_modules is not None:
             return self
-        found = default("IA3_FEEDFORWARD") or ()
+        found = default("IA3_FEEDFORWARD", "feedforward_modules") or ()
         names = found if isinstance(found, str) else tuple(f for f in found if self._may_target(f))
         return dataclasses.replace(self, feedforward_modules=names)
 
@@ -103,14 +104,9 @@ class IA3(Method):
     def unmerge(self, leaves: Leaves, base: Base) -> Base:
         inverse = 1 / leaves["l"]
         if not all_finite(inverse):
-            raise errors.NoMergedFormError(
-                errors.say(
-                    f"{self.label} at {base.path!r}",
-                    "unmerging divides by l",
-                    "an l with a zero",
-                    "keep the base params instead",
-                )
-            )
+            where = f"{self.label} at {base.path!r}"
+            text = errors.say(where, "unmerging divides by l", "an l with a zero", "keep the base params instead")
+            raise errors.NoMergedFormError(text)
         return self._scaled(leaves["l"], base, inverse=True)
 
     def unmerge_gain(self, leaves: Leaves, base: Base) -> Tensor:
@@ -141,3 +137,11 @@ class IA3(Method):
         if isinstance(names, tuple) and not (isinstance(targets, tuple) and set(names) <= set(targets)) and names:
             config["feedforward_modules"] = f".*(?:{'|'.join(map(re.escape, names))})"
         return config
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True

@@ -22,4 +22,5 @@ class LNTuning(Full):
     """Trains every parameter of the targeted modules, by default the norms."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
+    file_infix: ClassVar[str] = "ln_tuning_layers"
     peft_lacks: ClassVar[tuple[str, ...]] = ("target_parameters", "layers_to_transform", "layers_pattern")

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.method import Method
-from funcpeft.methods.prompttuning import check_shared_fields, check_task, extended, submodules, task_of
+from funcpeft.methods.prompttuning import check_shared_fields, check_task, continued, extended, submodules, task_of
 from funcpeft.tree import Adapter, Leaves
 from funcpeft.weights import Base
 
@@ -71,28 +71,28 @@ def prefixed(layers: list[tuple[Tensor, Tensor]], call: Call, kind: str, facts: 
     """
     n, decoder = layers[0][0].shape[-2], facts.encoder_decoder
 
-    def cache(rows: int) -> Any:
+    def cache(rows: int, given: Any) -> Any:
+        if facts.virtual(given):
+            raise ValueError(errors.say(where, "a call takes one prefix", "a second", "leave one of the methods out"))
         return facts.cache([(_rows(k, rows, facts.dtype), _rows(v, rows, facts.dtype)) for k, v in layers])
 
     def longer(inputs: dict[str, Any]) -> dict[str, Any]:
         return extended(inputs, n, where, task="", as_input=False, decoder=decoder)
 
     def forward(**inputs: Any) -> Any:
-        out = longer(inputs)
-        if not facts.held(inputs.get("past_key_values")):
-            out["past_key_values"] = cache(_batch(inputs, where, decoder=decoder))
+        out, given = longer(inputs), inputs.get("past_key_values")
+        if not facts.held(given):
+            out["past_key_values"] = cache(_batch(inputs, where, decoder=decoder), given)
         return call(**out)
 
     def generate(**inputs: Any) -> Any:
         def step(given: dict[str, Any]) -> dict[str, Any]:
-            out, ids, held = longer(given), given["input_ids"], facts.held(given.get("past_key_values"))
-            if not held:
-                return {**out, "past_key_values": cache(ids.shape[0])}
-            if given.get("is_first_iteration") and ids.shape[1] > held - n:  # the user's cache: n of its tokens are virtual
-                out["next_sequence_length"] = ids.shape[1] - (held - n)
-            return out
+            out, before = longer(given), given.get("past_key_values")
+            if facts.held(before):
+                return continued(out, n)
+            return {**out, "past_key_values": cache(given["input_ids"].shape[0], before)}
 
-        return call(**{**inputs, "steps": (step, *inputs.get("steps", ()))})
+        return call(**{**inputs, "steps": (*inputs.get("steps", ()), step)})
 
     return generate if kind == "generate" else forward
 

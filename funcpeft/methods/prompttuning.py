@@ -77,7 +77,9 @@ def check_shared_fields(method: Method, tokens: object, task: object, number: ob
         method.require(value is None, field, "None: the method acts on the call, not on modules", value)
 
 
-def extended(inputs: Mapping[str, Any], n: int, where: str, *, task: str, as_input: bool, decoder: bool = False) -> dict[str, Any]:
+def extended(
+    inputs: Mapping[str, Any], n: int, where: str, *, task: str, as_input: bool, decoder: bool = False
+) -> dict[str, Any]:
     """Returns a call's inputs with room for ``n`` virtual tokens in everything that counts positions.
 
     Args:
@@ -126,7 +128,7 @@ def prepended(prompt: Tensor, call: Call, kind: str, facts: Any, task: str, wher
 
     def embedded(inputs: Mapping[str, Any]) -> dict[str, Any]:
         out = extended(inputs, n, where, task=task, as_input=True)
-        ids, embeds = out.pop("input_ids", None), out.get("inputs_embeds")
+        ids, embeds = out.pop("input_ids", out.pop("inputs", None)), out.get("inputs_embeds")
         if embeds is None:
             if ids is None:
                 raise ValueError(errors.say(where, "input_ids or inputs_embeds must be given", "neither"))
@@ -150,26 +152,23 @@ def prepended(prompt: Tensor, call: Call, kind: str, facts: Any, task: str, wher
         def step(given: dict[str, Any]) -> dict[str, Any]:
             cache, ids = given.get("past_key_values"), given["input_ids"]
             given = given if numbered else {**given, "position_ids": None}
-            if held := facts.held(cache):
-                return _continued(extended(given, n, where, task="", as_input=False), n, held)
+            if facts.held(cache):
+                return continued(extended(given, n, where, task="", as_input=False), n)
             out = {**embedded(given), "input_ids": ids, "past_key_values": facts.roomy(cache)}
             return {**out, "is_first_iteration": True, "next_sequence_length": None}
 
-        return call(**{**inputs, "steps": (step, *inputs.get("steps", ()))})
+        return call(**{**inputs, "steps": (*inputs.get("steps", ()), step)})
 
     return generate if kind == "generate" and not facts.encoder_decoder else forward
 
 
-def _continued(given: dict[str, Any], n: int, held: int) -> dict[str, Any]:
-    """Counts the new ids of a step without the virtual tokens among the ``held`` tokens of its cache.
+def continued(given: dict[str, Any], n: int) -> dict[str, Any]:
+    """Returns a step's arguments on a cache that holds tokens.
 
-    A first step on a cache that an earlier call returned is told as many new ids as the ids exceed the cache.
+    A first step on a cache of an earlier call counts the new ids as what the ids exceed the cache by, virtual ones included.
     """
-    ids = given["input_ids"]
-    if given.get("is_first_iteration") and ids.shape[1] > held - n:
-        given = {**given, "next_sequence_length": ids.shape[1] - (held - n)}
-    types = given.get("token_type_ids")
-    return given if types is None else {**given, "token_type_ids": before(types, n, 0)}
+    new = given.get("next_sequence_length")
+    return {**given, "next_sequence_length": new + n} if given.get("is_first_iteration") and new is not None else given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +208,9 @@ class PromptTuning(Method):
             raise ValueError(errors.one_of(self.label, "prompt_tuning_init", self.prompt_tuning_init, _INITS))
         text = self.prompt_tuning_init == "TEXT"
         self.require(not text or bool(self.prompt_tuning_init_text), "prompt_tuning_init_text", "given with init 'TEXT'", None)
-        self.require(text or self.tokenizer_kwargs is None, "tokenizer_kwargs", "None without init 'TEXT'", self.tokenizer_kwargs)
+        self.require(
+            text or self.tokenizer_kwargs is None, "tokenizer_kwargs", "None without init 'TEXT'", self.tokenizer_kwargs
+        )
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
@@ -240,7 +241,9 @@ class PromptTuning(Method):
             return torch.randint(0, facts.vocab_size, (count,), generator=gen)
         if tokenizer is None:
             name = self.tokenizer_name_or_path
-            self.require(name is not None, "tokenizer_name_or_path", "given, or tokenizer= passed to net.init, with init 'TEXT'", None)
+            self.require(
+                name is not None, "tokenizer_name_or_path", "given, or tokenizer= passed to net.init, with init 'TEXT'", None
+            )
             tokenizer = facts.tokenizer(name, **(self.tokenizer_kwargs or FrozenDict()))
         ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]
         self.require(len(ids) > 0, "prompt_tuning_init_text", "a text of at least one token", self.prompt_tuning_init_text)

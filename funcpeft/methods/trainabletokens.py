@@ -38,6 +38,7 @@ class TrainableTokens(Method):
     peft_type: ClassVar[str] = "TRAINABLE_TOKENS"
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
     keys: ClassVar[dict[str, str]] = {"D": "trainable_tokens_delta"}
+    peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     leaf_names: ClassVar[tuple[str, ...]] = ("D", "ids")
     weight_free: ClassVar[bool] = True
     binds_ties: ClassVar[bool] = True

@@ -28,7 +28,7 @@ from funcpeft.weights import Base
 
 def projections(r: int, in_: int, out: int, prng_key: int) -> tuple[Tensor, Tensor]:
     """Draws A ``(r, in)``, then B ``(out, r)``, in float32 from a generator of their own."""
-    gen = rng.generator(rng.stream(prng_key), "")
+    gen = rng.stream(prng_key).generator
     return rng.kaiming((r, in_), gen, a=0.0), rng.kaiming((out, r), gen, a=0.0)
 
 
@@ -71,19 +71,23 @@ class VeRA(Additive):
         self.require(0 <= self.vera_dropout < 1, "vera_dropout", "in [0, 1)", self.vera_dropout)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
 
+    @classmethod
+    def examples(cls) -> tuple[VeRA, ...]:
+        """Returns one with dropout, and one whose checkpoints leave the projections to the key."""
+        return cls(r=3, vera_dropout=0.25), cls(r=2, save_projection=False, projection_prng_key=5)
+
     def check_site(self, base: Base) -> None:
         if not base.met:
-            self.require_at(
-                not self.vera_dropout, base, "vera_dropout must be 0 where no input meets the weight", self.vera_dropout
-            )
+            p = self.vera_dropout
+            self.require_at(not p, base, "vera_dropout must be 0 where no input meets the weight", p)
 
     def init_shared(self, sites: Mapping[str, Base], seed: int | rng.Stream) -> tuple[Tree, Tree]:
         shapes = [base.shape for base in sites.values()]
         in_, out = max(s[-1] for s in shapes), max(s[-2] for s in shapes)
         dtype = next(iter(sites.values())).dtype
-        a, b = (
-            t.to(dtype).float() if dtype.itemsize < 4 else t for t in projections(self.r, in_, out, self.projection_prng_key)
-        )
+        a, b = projections(self.r, in_, out, self.projection_prng_key)
+        if dtype.itemsize < 4:
+            a, b = a.to(dtype).float(), b.to(dtype).float()
         return {}, {"": {"A": a, "B": b, "rank": torch.tensor(self.r)}}
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:

@@ -19,7 +19,7 @@ def check_law(method: Method, law: str, *, max_examples: int = 20, kinds: Sequen
         AssertionError: With the smallest case found that breaks the law.
         KeyError: If there is no such law.
     """
-    from hypothesis import HealthCheck, given, settings
+    from hypothesis import HealthCheck, Phase, given, settings
 
     from funcpeft.testing.strategies import cases
 
@@ -28,6 +28,9 @@ def check_law(method: Method, law: str, *, max_examples: int = 20, kinds: Sequen
     if law in method.waived:
         return
     examples = max(1, max_examples // _SLOW.get(law, 1))
+    phases = [Phase.explicit, Phase.generate]
+    if law not in _SLOW:  # a smaller case is worth the time where a case is cheap
+        phases.append(Phase.shrink)
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
     @settings(
@@ -35,6 +38,7 @@ def check_law(method: Method, law: str, *, max_examples: int = 20, kinds: Sequen
         deadline=None,
         derandomize=True,
         database=None,
+        phases=phases,
         report_multiple_bugs=False,
         suppress_health_check=quiet,
     )
