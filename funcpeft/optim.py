@@ -9,7 +9,7 @@ entry per member, entry i acts on index i of the leading axis of every leaf of s
 ``torch.func.vmap(opt.update)`` over such states and adapters gives the same.
 
 Arithmetic is in a leaf's dtype, but at least in float32. The zeros of padded ranks stay zero, since their gradients are.
-Updates are differentiable, in gradients and in hyperparameters. Imports tree, errors.
+Updates are differentiable, in gradients and in hyperparameters. Imports schedules, tree, errors.
 
 References:
     Loshchilov and Hutter, AdamW, 2019, arXiv 1711.05101, algorithm 2, and SGDR, 2017, arXiv 1608.03983, eq. (5).
@@ -18,7 +18,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,30 +26,36 @@ import torch
 from torch import Tensor
 
 from funcpeft import errors
+from funcpeft.schedules import (
+    Hyper,
+    Schedule,
+    constant,
+    cosine,
+    evaluate,
+    hyperparameter,
+    linear_warmup,
+    warmup_cosine,
+)
 from funcpeft.tree import Adapters, as_tuple, register, tree_leaves, tree_map
+
+__all__ = [
+    "Optimizer",
+    "Schedule",
+    "State",
+    "Transform",
+    "adamw",
+    "broadcast",
+    "chain",
+    "clip_by_global_norm",
+    "constant",
+    "cosine",
+    "linear_warmup",
+    "sgd",
+    "warmup_cosine",
+]
 
 Memory = dict[str, Any]
 Values = dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """A hyperparameter that depends on the step: ``formula(step, **values)``.
-
-    Args:
-        formula: Pure tensor operations on a 0-d step and 0-d values, with a 0-d result.
-        values: The schedule's own hyperparameters, numbers or (N,) tensors; they are leaves of the optimizer's state.
-    """
-
-    formula: Callable[..., Tensor]
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, step: Tensor) -> Tensor:
-        return self.formula(step, **self.values)
-
-
-#: What a hyperparameter may be: a number, an (N,) tensor, a schedule.
-Hyper = float | Tensor | Schedule | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +73,6 @@ class State:
     memory: dict[str, Memory]
 
 
-register(Schedule, lambda s: ((s.values,), s.formula), lambda formula, children: Schedule(formula, *children))
 register(State, lambda s: ((s.step, s.hyper, s.memory), None), lambda _, children: State(*children))
 
 
@@ -98,7 +102,7 @@ class Transform:
     descends: bool = False
 
     def __post_init__(self) -> None:
-        made = {k: _hyper(f"{self.name}: {k}", v, self.valid.get(k, "[0, inf)")) for k, v in self.hyper.items()}
+        made = {k: hyperparameter(f"{self.name}: {k}", v, self.valid.get(k, "[0, inf)")) for k, v in self.hyper.items()}
         object.__setattr__(self, "hyper", made)
 
 
@@ -148,7 +152,7 @@ class Optimizer:
         for key, t in self.transforms.items():
             for name, tree in state.memory[key].items():
                 _require_alike(f"{key}: {name} of the state", tree, params)
-            now = {k: _evaluate(f"{key}: {k}", h, state.step) for k, h in state.hyper[key].items()}
+            now = {k: evaluate(f"{key}: {k}", h, state.step) for k, h in state.hyper[key].items()}
             updates, memory[key] = t.rule(updates, state.memory[key], adapter, {**now, "step": count})
         return updates, State(count, state.hyper, memory)
 
@@ -206,10 +210,11 @@ def sgd(lr: Hyper, momentum: Hyper = 0.0, nesterov: bool = False, weight_decay: 
         raise ValueError(errors.say("sgd", "nesterov needs a momentum above 0", momentum))
 
     def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
-        g = tree_map(lambda g, p: g + broadcast(now["weight_decay"], g) * p, grads, _params(adapter))
-        v = tree_map(lambda v, g: broadcast(now["momentum"], g) * v + g, memory["velocity"], g)
-        along = tree_map(lambda v, g: g + broadcast(now["momentum"], g) * v, v, g) if nesterov else v
-        return tree_map(lambda t: -broadcast(now["lr"], t) * t, along), {"velocity": v}
+        fit = _fitted({**now, "descent": -now["lr"]})
+        g = tree_map(lambda g, p: torch.addcmul(g, fit(g)["weight_decay"], _wide(p)), grads, _params(adapter))
+        v = tree_map(lambda v, g: torch.addcmul(g, fit(g)["momentum"], v), memory["velocity"], g)
+        along = tree_map(lambda v, g: torch.addcmul(g, fit(g)["momentum"], v), v, g) if nesterov else v
+        return tree_map(lambda t: fit(t)["descent"] * t, along), {"velocity": v}
 
     hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     return Optimizer(Transform(name="sgd", hyper=hyper, rule=rule, memory=("velocity",), descends=True))
@@ -234,17 +239,23 @@ def adamw(lr: Hyper, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-
 
 
 def _adamw(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
-    b1, b2, decay = now["beta1"], now["beta2"], now["lr"] * now["weight_decay"]
-    m = tree_map(lambda m, g: m + broadcast(1 - b1, g) * (g - m), memory["m"], grads)
-    v = tree_map(lambda v, g: broadcast(b2, g) * v + broadcast(1 - b2, g) * g * g, memory["v"], grads)
-    size, root = now["lr"] / (1 - b1 ** now["step"]), (1 - b2 ** now["step"]).sqrt()
+    root = (1 - now["beta2"] ** now["step"]).sqrt()  # both bias corrections go into the step size and eps
+    values = {
+        "m": 1 - now["beta1"],
+        "v": 1 - now["beta2"],
+        "eps": now["eps"] * root,
+        "shrink": -now["lr"] * now["weight_decay"],
+    }
+    fit = _fitted({**values, "descent": -now["lr"] * root / (1 - now["beta1"] ** now["step"])})
 
     def move(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
-        # The square root has no derivative at 0, where v is while a gradient is exactly 0: that of A in a fresh LoRA.
-        zero = v == 0
-        deviation = torch.where(zero, 0.0, torch.where(zero, 1.0, v).sqrt()) / broadcast(root, v)
-        return -broadcast(size, m) * m / (deviation + broadcast(now["eps"], v)) - broadcast(decay, m) * p
+        # At 0 the root has no derivative, and v is 0 while a gradient is exactly 0: that of A in a fresh LoRA.
+        deviation = v.clamp(min=torch.finfo(v.dtype).tiny).sqrt()
+        along = fit(m)["descent"] * (m / (deviation + fit(v)["eps"]))
+        return torch.addcmul(along, fit(m)["shrink"], _wide(p))
 
+    m = tree_map(lambda m, g: torch.lerp(m, g, fit(g)["m"]), memory["m"], grads)
+    v = tree_map(lambda v, g: torch.lerp(v, g * g, fit(g)["v"]), memory["v"], grads)
     return tree_map(move, m, v, _params(adapter)), {"m": m, "v": v}
 
 
@@ -256,8 +267,8 @@ def clip_by_global_norm(max_norm: Hyper) -> Optimizer:
 
 def _clip(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
     total = torch.func.vmap(_global_norm)(grads) if now["max_norm"].ndim else _global_norm(grads)
-    scale = (now["max_norm"] / (total + 1e-6)).clamp(max=1.0)
-    return tree_map(lambda g: g * broadcast(scale, g), grads), memory
+    fit = _fitted({"scale": (now["max_norm"] / (total + 1e-6)).clamp(max=1.0)})
+    return tree_map(lambda g: g * fit(g)["scale"], grads), memory
 
 
 def _global_norm(grads: Any) -> Tensor:
@@ -265,45 +276,22 @@ def _global_norm(grads: Any) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
-def constant(value: float | Tensor) -> Schedule:
-    """Schedules one value for all steps."""
-    return linear_warmup(value, 0)
-
-
-def linear_warmup(peak: float | Tensor, steps: float | Tensor) -> Schedule:
-    """Schedules a line from 0 at step 0 to ``peak`` at step ``steps``, and ``peak`` from there on."""
-    return Schedule(_line, {"peak": _number("schedule: peak", peak), "steps": _number("schedule: steps", steps)})
-
-
-def cosine(peak: float | Tensor, steps: float | Tensor, end: float | Tensor = 0.0) -> Schedule:
-    """Schedules half a cosine from ``peak`` at step 0 down to ``end`` at step ``steps``, and ``end`` from there on."""
-    return warmup_cosine(peak, 0, steps, end)
-
-
-def warmup_cosine(peak: float | Tensor, warmup: float | Tensor, steps: float | Tensor, end: float | Tensor = 0.0) -> Schedule:
-    """Schedules ``linear_warmup(peak, warmup)``, then half a cosine down to ``end`` at step ``steps``, warmup included.
-
-    Example:
-        >>> schedule = warmup_cosine(peak=1.0, warmup=2, steps=6)
-        >>> [round(float(schedule(torch.tensor(step))), 2) for step in range(8)]
-        [0.0, 0.5, 1.0, 0.85, 0.5, 0.15, 0.0, 0.0]
-    """
-    given = {"peak": peak, "warmup": warmup, "steps": steps, "end": end}
-    return Schedule(_warmup_cosine, {name: _number(f"schedule: {name}", value) for name, value in given.items()})
-
-
-def _line(step: Tensor, peak: Tensor, steps: Tensor) -> Tensor:
-    return torch.where(step < steps, peak * step / steps.clamp(min=1.0), peak)
-
-
-def _warmup_cosine(step: Tensor, peak: Tensor, warmup: Tensor, steps: Tensor, end: Tensor) -> Tensor:
-    progress = ((step - warmup) / (steps - warmup).clamp(min=1.0)).clamp(0.0, 1.0)
-    return torch.where(step < warmup, _line(step, peak, warmup), end + (peak - end) * 0.5 * (1 + torch.cos(math.pi * progress)))
-
-
 def broadcast(value: Tensor, leaf: Tensor) -> Tensor:
     """Shapes a hyperparameter, 0-d or (N,), to act on the leading axis of a leaf, in the leaf's dtype and device."""
     return value.reshape(value.shape + (1,) * ((leaf.ndim - 1) * value.ndim)).to(device=leaf.device, dtype=leaf.dtype)
+
+
+def _fitted(values: Values) -> Callable[[Tensor], Values]:
+    """Broadcasts values once for all leaves of a kind: for a small adapter that is most of an update's time."""
+    made: dict[Any, Values] = {}
+
+    def fit(leaf: Tensor) -> Values:
+        kind = (leaf.ndim, leaf.dtype, leaf.device)
+        if kind not in made:
+            made[kind] = {name: broadcast(value, leaf) for name, value in values.items()}
+        return made[kind]
+
+    return fit
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -313,45 +301,6 @@ def _wide(t: Tensor) -> Tensor:
 def _params(adapter: Adapters) -> Any:
     params = tuple(one.params for one in as_tuple(adapter))
     return params if isinstance(adapter, tuple) else params[0]
-
-
-def _evaluate(where: str, hyper: Tensor | Schedule, step: Tensor) -> Tensor:
-    def one(step: Tensor, schedule: Schedule) -> Tensor:
-        value = schedule(step)
-        if not isinstance(value, Tensor) or value.ndim:
-            raise TypeError(
-                errors.say(where, "a schedule must return a 0-d tensor", getattr(value, "shape", type(value).__name__))
-            )
-        return value.double()
-
-    if isinstance(hyper, Tensor):
-        return hyper
-    return torch.func.vmap(one)(step, hyper) if step.ndim else one(step, hyper)
-
-
-def _hyper(where: str, value: Hyper, interval: str) -> Tensor | Schedule:
-    if isinstance(value, Tensor) or not callable(value):
-        return _number(where, value, interval)
-    schedule = value if isinstance(value, Schedule) else Schedule(value)
-    return Schedule(schedule.formula, {k: _number(f"{where}: {k}", v, "[-inf, inf]") for k, v in schedule.values.items()})
-
-
-def _number(where: str, value: Any, interval: str = "[0, inf)") -> Tensor:
-    """Checks a hyperparameter and makes it a float64 tensor, 0-d or (N,)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        raise TypeError(errors.say(where, "a number, an (N,) tensor or a schedule is required", type(value).__name__))
-    t = torch.as_tensor(value, dtype=torch.float64)
-    if t.ndim > 1:
-        raise ValueError(errors.say(where, "a tensor must be 0-d or (N,), one value per member", f"shape {tuple(t.shape)}"))
-    low, high = map(float, interval[1:-1].split(","))
-    above, below = t >= low if interval[0] == "[" else t > low, t <= high if interval[-1] == "]" else t < high
-    try:
-        valid = torch.compiler.is_compiling() or bool((above & below).all())
-    except RuntimeError:  # under vmap a value cannot steer Python
-        valid = True
-    if not valid:
-        raise ValueError(errors.say(where, f"must be in {interval}", value))
-    return t
 
 
 def _member_shape(leaves: list[Tensor], hyper: list[Tensor], members: int | None) -> tuple[int, ...]:
