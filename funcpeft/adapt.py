@@ -79,6 +79,8 @@ class Net:
         """
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(errors.say("init", "seed must be an int", type(seed).__name__))
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(errors.say("init", "dtype must be a floating dtype", dtype))
         seeds = [seed if i == 0 else rng.fold_in(seed, "entry", i) for i in range(len(self.entries))]
         return self._init(params, seeds, dtype, needs)
 
@@ -104,7 +106,9 @@ class Net:
         return None if site.bias is None else dense(self._leaf(params, site.bias))
 
     def _half_or_not(self, params: Params) -> tuple[torch.dtype, torch.device]:
-        floats = [v for k, v in params.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in self.model.buffers]
+        floats = [
+            v for k, v in params.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in self.model.buffers
+        ]
         first = floats[0] if floats else torch.empty(0)
         return first.dtype, first.device
 
@@ -156,7 +160,9 @@ class Net:
         given = as_tuple(adapter)
         if len(given) != len(self.entries):
             want = ", ".join(type(e.method).__name__ for e in self.entries)
-            raise TypeError(errors.say("adapter", f"one Adapter for each of ({want}) is required", f"{len(given)}", "make it with net.init"))
+            raise TypeError(
+                errors.say("adapter", f"one Adapter for each of ({want}) is required", f"{len(given)}", "make it with net.init")
+            )
         for entry, one, scopes in zip(self.entries, given, self._scopes, strict=True):
             shared = {s for path in entry.sites for s in scopes.get(path, ())} | ({""} if entry.method.wraps else set())
             found = one.params.keys() | one.consts.keys()
@@ -164,7 +170,12 @@ class Net:
             missing = sorted(p for p in entry.sites.keys() - found if not shared & found)
             if extra or missing:
                 what = f"extra {errors.listed(extra)}" if extra else f"nothing at {errors.listed(missing)}"
-                raise TypeError(errors.say(f"adapter for {entry.method.label}", "paths must be the net's sites", what, "make it with net.init"))
+                raise TypeError(
+                    errors.say(
+                        f"adapter for {entry.method.label}", "paths must be the net's sites", what, "make it with net.init"
+                    )
+                )
+            _require_known(entry, one)
         return given
 
     def __call__(self, params: Params, adapter: Adapters, /, *args: Any, context: Context = EVAL, **kwargs: Any) -> Any:
@@ -189,11 +200,15 @@ class Net:
         try:
             attached = self.attach(params, adapter, context)
             if not any(e.method.wraps for e in self.entries):
-                return self.model(attached, *args, **kwargs) if name == "forward" else self.model.call(name, attached, *args, **kwargs)
+                return (
+                    self.model(attached, *args, **kwargs)
+                    if name == "forward"
+                    else self.model.call(name, attached, *args, **kwargs)
+                )
             return self._wrapped(name, attached, adapter, args, kwargs)
         except (KeyError, RuntimeError) as e:
             if not torch.compiler.is_compiling():
-                self._explain(params, adapter, e)
+                self._explain(adapter, e)
             raise
 
     def _wrapped(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any) -> Any:
@@ -209,24 +224,21 @@ class Net:
                 call = entry.method.wrap(one.leaves(""), call, name, facts)  # type: ignore[attr-defined]
         return call(**kwargs)
 
-    def _explain(self, params: Params, adapter: Adapters, error: Exception) -> None:
-        """Raises a ``TypeError`` that names the leaf, if the adapter's leaves are not those of this net's sites."""
+    def _explain(self, adapter: Adapters, error: Exception) -> None:
+        """Raises a ``TypeError`` that names the leaf, if the adapter's leaves are not those that init makes here."""
         for entry, one in zip(self.entries, as_tuple(adapter), strict=True):
-            for path, base in self.bases(entry, params).items():
-                given = one.leaves(path)
-                known = set(entry.method.leaf_names) if entry.method.leaf_names else set(given)
-                if not set(given) <= known:
-                    raise TypeError(
-                        errors.say(f"adapter at {path!r}", f"leaves must be those of {entry.method.label}, {sorted(known)}", sorted(given), "make it with net.init")
-                    ) from error
-                sizes = {n: tuple(t.shape) for n, t in given.items() if t.ndim >= 2}
-                allowed = {*base.shape, *base.site.shape, base.channels}
-                for n, shape in sizes.items():
-                    axis = dict(one.rank_axes).get(n)
-                    if axis is not None and shape[-3 - axis] not in allowed:
-                        raise TypeError(
-                            errors.say(f"adapter at {path!r}", f"leaf {n!r} must fit a weight of shape {tuple(base.shape)}", shape, "make it with net.init on this model")
-                        ) from error
+            try:
+                fresh = shapes_of(self, entry)
+            except Exception:  # an init that needs values; the error to show is the first one
+                continue
+            axes = dict(fresh.rank_axes)
+            for path in {**fresh.params, **fresh.consts}:
+                want, given = fresh.leaves(path), one.leaves(path)
+                for name, t in want.items():
+                    found = tuple(given[name].shape) if name in given else f"only {sorted(given)}"
+                    if name not in given or not _fits(t.shape, given[name].shape, axes.get(name)):
+                        rule = f"leaf {name!r} of {entry.method.label} must have shape {tuple(t.shape)}"
+                        raise TypeError(errors.say(f"adapter at {path!r}", rule, found, "make it with net.init")) from error
 
     # -- merging ---------------------------------------------------------------------------------------------------------
 
@@ -234,6 +246,8 @@ class Net:
         """Merges an adapter into weights.
 
         Args:
+            params: The base's leaves.
+            adapter: What ``net.init`` made, or a tree of its form.
             dtype: dtype of the merged weights; by default each keeps its own. Sums are taken in float32 or wider, rounded once.
 
         Returns:
@@ -242,15 +256,26 @@ class Net:
 
         Raises:
             NoMergedFormError: If a method has no merged form.
+            TypeError: If the adapter was not made for this net; the message names the path and the leaf.
             ValueError: If a merged weight is not finite.
         """
         for entry in self.entries:
             if not entry.method.merges:
                 raise errors.NoMergedFormError(
-                    errors.say(f"{entry.method.label}", "the method acts on the call and has no merged form", None, "keep it as an adapter")
+                    errors.say(
+                        f"{entry.method.label}",
+                        "the method acts on the call and has no merged form",
+                        None,
+                        "keep it as an adapter",
+                    )
                 )
         self._require_finite(adapter)
-        return merge_params(params, self.attach(params, adapter), dtype)
+        attached = self.attach(params, adapter)
+        try:
+            return merge_params(params, attached, dtype)
+        except (KeyError, RuntimeError) as e:
+            self._explain(adapter, e)
+            raise
 
     def unmerge(self, params: Params, adapter: Adapters) -> Params:
         """Takes an adapter out of merged params by inverting its formula; exact up to rounding, unlike keeping the base.
@@ -279,8 +304,23 @@ class Net:
                 for name, t in leaves.items():
                     if not all_finite(t):
                         raise ValueError(
-                            errors.say(f"adapter at {path!r}", f"leaf {name!r} must be finite", "NaN or infinity", "it was probably trained with too large a step")
+                            errors.say(
+                                f"adapter at {path!r}",
+                                f"leaf {name!r} must be finite",
+                                "NaN or infinity",
+                                "it was probably trained with too large a step",
+                            )
                         )
+
+
+def _require_known(entry: Entry, adapter: Adapter) -> None:
+    """Raises ``TypeError`` if a site has a leaf that its method has no name for: it would be ignored in silence."""
+    known = frozenset(entry.method.leaf_names)
+    for path in entry.sites if known else ():
+        odd = sorted((adapter.params.get(path, {}).keys() | adapter.consts.get(path, {}).keys()) - known)
+        if odd:
+            where, rule = f"adapter at {path!r}", f"leaves must be those of {entry.method.label}, {sorted(known)}"
+            raise TypeError(errors.say(where, rule, errors.listed(odd), "make it with net.init"))
 
 
 def _cast(
@@ -315,19 +355,25 @@ def adapt(model: Model, method: Method | Sequence[Method]) -> Net:
     """
     if not isinstance(model, Model):
         raise TypeError(errors.say("adapt", "a Model is required", type(model).__name__, "call functionalize(module) first"))
-    methods = list(method) if isinstance(method, list | tuple) else [method]
+    methods: list[Any] = list(method) if isinstance(method, list | tuple) else [method]
     if not methods:
         raise ValueError(errors.say("adapt", "a method is required", "an empty list"))
     entries: list[Entry] = []
     for one in methods:
         if not isinstance(one, Method):
-            raise TypeError(errors.say("adapt", "a method is required", type(one).__name__, "pass an instance such as LoRA(r=8)"))
+            raise TypeError(
+                errors.say("adapt", "a method is required", type(one).__name__, "pass an instance such as LoRA(r=8)")
+            )
         entries += entries_of(model, one)
     return Net(model, methods, entries)
 
 
 def entries_of(model: Model, method: Method) -> Iterator[Entry]:
     """Yields a method's own entry, then those that its fields for whole modules, biases and tokens become."""
+    known = getattr(model.config, "model_type", None)
+    method = method.resolve(
+        lambda family, field: targets.default_targets(model, family, method.label, field) if known else None
+    )
     if method.wraps:
         method.check_model(ModelFacts(model, {}))  # type: ignore[attr-defined]
         yield Entry(method, {})
@@ -393,9 +439,25 @@ def net_table(net: Net) -> str:
         for path, site in entry.sites.items():
             shape = " x ".join(map(str, site.shape))
             use = "met" if site.met else "replaced" if entry.method.takes_any else "read by its module"
-            table.add_row(path, site.kind.name, shape, str(site.dtype).removeprefix("torch."), type(entry.method).__name__, _count(counts.get(path)), use)
+            table.add_row(
+                path,
+                site.kind.name,
+                shape,
+                str(site.dtype).removeprefix("torch."),
+                type(entry.method).__name__,
+                _count(counts.get(path)),
+                use,
+            )
         for scope in counts.keys() - entry.sites.keys():
-            table.add_row(scope or "(shared)", "", "", "", type(entry.method).__name__, _count(counts[scope]), "wraps the call" if entry.method.wraps else "")
+            table.add_row(
+                scope or "(shared)",
+                "",
+                "",
+                "",
+                type(entry.method).__name__,
+                _count(counts[scope]),
+                "wraps the call" if entry.method.wraps else "",
+            )
         total += sum(counts.values())
     width = max(100, 70 + max((len(p) for e in net.entries for p in e.sites), default=0))
     console = Console(width=width, color_system=None)
@@ -410,11 +472,22 @@ def _count(n: int | None) -> str:
 
 
 def trainable_counts(net: Net, entry: Entry) -> dict[str, int]:
-    """Counts the trained numbers by path, from shapes alone: init runs on the meta device."""
+    """Counts the trained numbers by path, from shapes alone."""
+    return {path: sum(t.numel() for t in leaves.values()) for path, leaves in shapes_of(net, entry).params.items()}
+
+
+def shapes_of(net: Net, entry: Entry) -> Adapter:
+    """Returns what init makes for an entry, without values: it runs on the meta device."""
     params = {k: torch.empty(s, dtype=net.model.dtypes[k], device="meta") for k, s in net.model.shapes.items()}
     with torch.device("meta"):
-        bases = net.bases(entry, params)
         extra: dict[str, Any] = {"facts": ModelFacts(net.model, params)} if entry.method.wraps else {}
-        adapter = entry.method.init(bases, seed=0, **extra)
-    return {path: sum(t.numel() for t in leaves.values()) for path, leaves in adapter.params.items()}
+        return entry.method.init(net.bases(entry, params), seed=0, **extra)
 
+
+def _fits(shape: torch.Size, found: torch.Size, rank_axis: int | None) -> bool:
+    """Whether two shapes agree but for the rank, and for member axes in front."""
+    trailing = found[len(found) - len(shape) :]
+    free = None if rank_axis is None else len(shape) + rank_axis
+    return len(trailing) == len(shape) and all(
+        i == free or a == b for i, (a, b) in enumerate(zip(shape, trailing, strict=True))
+    )

@@ -79,7 +79,7 @@ _DEMO = (
 def _demo_parser(p: argparse.ArgumentParser) -> None:
     defaults: dict[str, Any] = {"default": argparse.SUPPRESS}  # Settings holds them
     p.add_argument("--members", type=positive, metavar="N", help="adapters trained at once (8)", **defaults)
-    p.add_argument("--steps", type=positive, metavar="N", help="optimizer steps (120)", **defaults)
+    p.add_argument("--steps", type=positive, metavar="N", help="optimizer steps (250)", **defaults)
     p.add_argument("--method", metavar="NAME", help="method by name, see `funcpeft methods` (LoRA)", **defaults)
     p.add_argument(
         "--set", type=assignment, action="append", metavar="FIELD=VALUE", help="field of the method, repeatable", **defaults
@@ -89,8 +89,8 @@ def _demo_parser(p: argparse.ArgumentParser) -> None:
     where.add_argument("--domain", choices=("prose", "source", "html"), help="text of the standard library (prose)", **defaults)
     where.add_argument("--text", type=Path, metavar="DIR", help="directory of UTF-8 text to train on instead", **defaults)
     p.add_argument("--lr", type=rate, nargs=2, metavar=("LOW", "HIGH"), help="range of learning rates (3e-4 3e-2)", **defaults)
-    p.add_argument("--batch", type=positive, metavar="N", help="windows per step (4)", **defaults)
-    p.add_argument("--tokens", type=positive, metavar="N", help="bytes per window, at most 256 (96)", **defaults)
+    p.add_argument("--batch", type=positive, metavar="N", help="windows per step (2)", **defaults)
+    p.add_argument("--tokens", type=positive, metavar="N", help="bytes per window, at most 256 (64)", **defaults)
     p.add_argument("--seed", type=int, metavar="N", help="of adapters and windows (0)", **defaults)
     p.add_argument("--out", type=Path, metavar="DIR", help="for checkpoint and picture (demo-out)", **defaults)
     p.add_argument("--no-progress", action="store_false", dest="progress", help="no progress bar", **defaults)
@@ -105,7 +105,7 @@ def demo(given: dict[str, Any]) -> int:
     fields = dict(given.pop("set", []))
     wide = None if sys.stdout.isatty() else 110
     try:
-        result = run(Settings(fields=fields, **given), Console(width=wide, soft_wrap=True))
+        result = run(Settings(fields=fields, **given), Console(width=wide, soft_wrap=True, markup=False, highlight=False))
     except UserError as e:
         print(f"funcpeft demo: error: {e}", file=sys.stderr)
         return 2

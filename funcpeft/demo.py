@@ -2,17 +2,18 @@
 
 A small byte-level Llama is the frozen base. The members of a population differ in seed and learning rate, see the same
 bytes, and take every step in one ``torch.func.vmap`` of one pure loss. The best is merged, saved as a peft checkpoint and
-read back, and each of these is compared with the adapted model. Imports adapt, train, optim, population, quant, interop.
+read back, and each of these is compared with the adapted model. Imports interop, train, quantization and what is below.
 """
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import difflib
 import importlib.util
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from funcpeft.data.train_base import BASE, bits, read_bytes, source_files, windo
 from funcpeft.functional import Model, Params, functionalize
 from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.population import stack, unstack
+from funcpeft.quant import NF4, Int8
+from funcpeft.quantization import dequantize, quantize
 from funcpeft.train import value_and_grad
 
 DOMAINS = ("prose", "source", "html")
@@ -66,7 +69,7 @@ class Settings:
     """
 
     members: int = 8
-    steps: int = 120
+    steps: int = 250
     method: str = "LoRA"
     fields: Mapping[str, Any] = field(default_factory=dict)
     quantize: str = "none"
@@ -74,8 +77,8 @@ class Settings:
     domain: str = "prose"
     out: Path = Path("demo-out")
     seed: int = 0
-    batch: int = 4
-    tokens: int = 96
+    batch: int = 2
+    tokens: int = 64
     lr: tuple[float, float] = (3e-4, 3e-2)
     progress: bool = True
 
@@ -155,17 +158,24 @@ def directory_text(folder: Path) -> Tensor:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing there"
         raise UserError(errors.say(f"--text {folder}", "a directory with text files is required", found))
-    texts: list[str] = []
-    size = 0
+    parts: list[bytes] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with contextlib.suppress(UnicodeDecodeError, OSError):
-            texts.append(path.read_bytes()[: _MOST_BYTES - size].decode())
-            size += len(texts[-1].encode())
-        if size >= _MOST_BYTES:
-            break
-    if not size:
+        parts.append(_file_text(path, _MOST_BYTES - sum(map(len, parts))))
+    data = bytearray(b"\n".join(p for p in parts if p))
+    if not data:
         raise UserError(errors.say(f"--text {folder}", "at least one UTF-8 text file is required", "none"))
-    return _as_bytes("\n".join(texts))
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def _file_text(path: Path, limit: int) -> bytes:
+    """Reads the start of a file, nothing if it is no UTF-8 text."""
+    try:
+        with path.open("rb") as f:
+            data = f.read(max(0, limit))
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)  # the limit may cut a character in two
+    except (OSError, UnicodeDecodeError):
+        return b""
+    return b"" if "\0" in text else data
 
 
 def split(data: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +232,7 @@ def make_method(name: str, fields: Mapping[str, Any]) -> Any:
     try:
         return getattr(methods, known[name.lower()])(**fields)
     except (ValueError, TypeError) as e:
-        raise UserError(str(e)) from e
+        raise UserError(f"{e} Fields are set by --set FIELD=VALUE.") from e
 
 
 def make_net(model: Model, name: str, fields: Mapping[str, Any]) -> Net:
@@ -236,7 +246,7 @@ def make_net(model: Model, name: str, fields: Mapping[str, Any]) -> Net:
         return adapt(model, method)
     except (ValueError, TypeError, KeyError) as e:
         if "target_modules has no default" not in str(e):
-            raise UserError(str(e)) from e
+            raise UserError(f"{e} Fields are set by --set FIELD=VALUE.") from e
     return make_net(model, name, {**fields, "target_modules": "all-linear"})
 
 
@@ -244,8 +254,6 @@ def quantized(model: Model, params: Params, name: str) -> Params:
     """Returns params with the linear layers in a format, or as they are."""
     if name == "none":
         return params
-    from funcpeft.quant import NF4, Int8, quantize
-
     return quantize(model, params, {"nf4": NF4, "int8": Int8}[name](), target_modules="all-linear")
 
 
@@ -274,27 +282,29 @@ class Task:
             return torch.stack([each(many, rows) for rows in ids.split(8)]).mean(0)
 
 
-Step = Callable[[Any, Any, Tensor, Tensor], tuple[Any, Any, Tensor]]
+Step = Callable[[Any, Any, Tensor, Tensor], tuple[Any, Any]]
 
 
 def population_step(task: Task, optimizer: optim.Optimizer) -> Step:
-    """Makes a step of all members at once: ``(many, state, ids, seed) -> (many, state, losses)``."""
-    gradients = torch.func.vmap(value_and_grad(task.loss), in_dims=(0, None, None))
+    """Makes a step of all members at once: ``(many, state, ids, seed) -> (many, state)``."""
 
-    def step(many: Any, state: Any, ids: Tensor, seed: Tensor) -> tuple[Any, Any, Tensor]:
-        losses, grads = gradients(many, ids, seed)
-        return *optimizer.update(grads, state, many), losses
+    def total(many: Any, ids: Tensor, seed: Tensor) -> Tensor:
+        return torch.func.vmap(task.loss, in_dims=(0, None, None))(many, ids, seed).sum()
 
-    return step
+    # Members are independent, so the gradient of the sum holds every member's own; outside of vmap it is plain autograd,
+    # which is faster than vmap of a gradient.
+    return _step(value_and_grad(total), optimizer)
 
 
 def member_step(task: Task, optimizer: optim.Optimizer) -> Step:
     """Makes the same step for one adapter."""
-    gradient = value_and_grad(task.loss)
+    return _step(value_and_grad(task.loss), optimizer)
 
-    def step(adapter: Any, state: Any, ids: Tensor, seed: Tensor) -> tuple[Any, Any, Tensor]:
-        loss, grads = gradient(adapter, ids, seed)
-        return *optimizer.update(grads, state, adapter), loss
+
+def _step(gradient: Callable[..., Any], optimizer: optim.Optimizer) -> Step:
+    def step(adapter: Any, state: Any, ids: Tensor, seed: Tensor) -> tuple[Any, Any]:
+        _, grads = gradient(adapter, ids, seed)
+        return optimizer.update(grads, state, adapter)
 
     return step
 
@@ -310,16 +320,25 @@ def train(task: Task, many: Any, lrs: Tensor, text: tuple[Tensor, Tensor], s: Se
     optimizer = optim.adamw(lr=lrs)
     step, state = population_step(task, optimizer), optimizer.init(many)
     at, curves = [0], [task.evaluate(many, judged)]
-    bar = tqdm(range(1, s.steps + 1), desc=f"{s.members} x {s.method}", unit="step", disable=not s.progress)
+    bar = tqdm(range(1, s.steps + 1), desc=f"{s.members} x {_name(task.net)}", unit="step", disable=not s.progress)
     for now in bar:
-        many, state, losses = step(many, state, windows(data, s.batch, s.tokens, draws), torch.tensor(now))
-        if now % max(1, s.steps // 12) == 0 or now == s.steps:
+        many, state = step(many, state, windows(data, s.batch, s.tokens, draws), torch.tensor(now))
+        if now % max(1, s.steps // 8) == 0 or now == s.steps:
             at.append(now)
             curves.append(task.evaluate(many, judged))
-        bar.set_postfix_str(
-            f"best {curves[-1].nan_to_num(math.inf).min():.3f}, now {losses.nanmedian():.3f} bits per byte", refresh=False
-        )
+            bar.set_postfix_str(f"best {curves[-1].nan_to_num(math.inf).min():.3f} bits per byte held out")
     return many, at, torch.stack(curves)
+
+
+def _name(net: Net) -> str:
+    return type(net.methods[0]).__name__
+
+
+def spaced_rates(low: float, high: float, count: int) -> Tensor:
+    """Returns learning rates evenly spaced between the logarithms of two, the middle for one."""
+    if count == 1:
+        low = high = math.sqrt(low * high)
+    return torch.logspace(math.log10(low), math.log10(high), count)
 
 
 def seconds(f: Callable[[], object], repeats: int = 3) -> float:
@@ -389,10 +408,11 @@ def _peft_logits(task: Task, ids: Tensor, path: Path) -> Tensor:
 
     base: Any = load_base()
     if any(not isinstance(v, Tensor) for v in task.params.values()):
-        from funcpeft.quant import dequantize
-
         base.load_state_dict(dequantize(task.params), strict=False)
-    return PeftModel.from_pretrained(base, str(path)).eval()(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft says of its own calls and of methods that it calls untested
+        read = PeftModel.from_pretrained(base, str(path)).eval()
+    return read(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] :]
 
 
 # -- output ------------------------------------------------------------------------------------------------------------------
@@ -460,6 +480,9 @@ def output_directory(path: Path) -> Path:
 def make_task(s: Settings) -> Task:
     """Loads the base, quantizes it if asked, and puts the method on it."""
     model, params = functionalize(load_base())
+    longest = int(getattr(model.config, "max_position_embeddings", 0))
+    if s.tokens > longest:
+        raise UserError(errors.say("--tokens", f"at most the base's context of {longest} is required", s.tokens))
     return Task(make_net(model, s.method, s.fields), quantized(model, params, s.quantize))
 
 
@@ -469,7 +492,7 @@ def run(s: Settings, console: Console | None = None) -> Result:
     Raises:
         UserError: If the settings cannot be met; before any training.
     """
-    console = console or Console()
+    console = console or Console(markup=False, highlight=False)
     data, held = split(domain_text(s.domain) if s.text is None else directory_text(s.text), s.tokens)
     out, task = output_directory(s.out), make_task(s)
     what = s.domain if s.text is None else str(s.text)
@@ -477,7 +500,7 @@ def run(s: Settings, console: Console | None = None) -> Result:
     console.print(f"text: {what}, {len(data):,} bytes to train on, {len(held):,} held out")
     console.print(f"net: {task.net!r}")
 
-    lrs = torch.logspace(*(math.log10(v) for v in s.lr), s.members)
+    lrs = spaced_rates(*s.lr, s.members)
     many = stack([task.net.init(task.params, seed=s.seed + i) for i in range(s.members)])
     start = time.perf_counter()
     many, at, curves = train(task, many, lrs, (data, held), s)
@@ -486,12 +509,11 @@ def run(s: Settings, console: Console | None = None) -> Result:
     console.print(members_table(lrs, curves, best, s.seed))
 
     together, singly = efficiency(task, many, lrs, spaced_windows(data, s.batch, s.tokens))
-    console.print(
-        f"one step of all: {together * 1e3:.0f} ms vmapped, {singly * 1e3:.0f} ms one by one: {singly / together:.2f} times as fast"
-    )
+    times = f"{together * 1e3:.0f} ms vmapped, {singly * 1e3:.0f} ms one by one"
+    console.print(f"one step of all {s.members}: {times}, {singly / together:.2f} times as fast")
     differences = check_best(console, task, unstack(many)[best], spaced_windows(held, 4, s.tokens)[:, :-1], out / "adapter")
     picture = draw_curves(
-        at, curves, lrs, best, f"{s.members} {s.method} adapters trained at once on {what}", out / "curves.png"
+        at, curves, lrs, best, f"{s.members} {_name(task.net)} adapters trained at once on {what}", out / "curves.png"
     )
     console.print(f"picture: {picture}" if picture else "no picture: matplotlib is not installed (pip install funcpeft[plot])")
     return Result(

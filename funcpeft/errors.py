@@ -34,7 +34,9 @@ def say(where: str, required: str, found: object = None, remedy: str = "") -> st
     text = f"{where}: {required}"
     if found is not None:
         text += f", got {found}"
-    return f"{text}; {remedy}." if remedy else f"{text}."
+    if not remedy:
+        return f"{text}."
+    return f"{text}; {remedy}" if remedy.endswith("?") else f"{text}; {remedy}."
 
 
 def listed(names: Iterable[object], limit: int = 8) -> str:

@@ -40,7 +40,7 @@ class ModelFacts:
     def __init__(self, model: Model, params: Mapping[str, Any]) -> None:
         self._model, self._params = model, params
         config = model.config
-        self.config = getattr(config, "text_config", config)
+        self.config: Any = getattr(config, "text_config", config)
 
     def _first(self, fact: str, *names: str) -> int:
         for name in names:
@@ -101,6 +101,8 @@ class ModelFacts:
         if shapes := self._per_layer():
             return max(shapes, key=lambda shape: shape[1])
         heads = getattr(self.config, "num_key_value_heads", None) or self.num_attention_heads
+        if getattr(self.config, "multi_query", False) and not getattr(self.config, "new_decoder_architecture", False):
+            heads = 1  # a flag of Falcon and GPTBigCode, whatever the number says
         width = getattr(self.config, "head_dim", None) or getattr(self.config, "d_kv", None)
         if not width:
             width = self._first("the width", "hidden_size", "n_embd", "d_model") // self.num_attention_heads
@@ -230,7 +232,7 @@ _PARAMETERS: dict[type, frozenset[str]] = {}
 def _parameters(cls: type) -> frozenset[str]:
     found = _PARAMETERS.get(cls)
     if found is None:
-        found = _PARAMETERS[cls] = frozenset(inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+        found = _PARAMETERS[cls] = frozenset(inspect.signature(cls.forward).parameters)
     return found
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
+import operator
 import threading
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from funcpeft import errors, layers, rng
-from funcpeft.weights import Adapted, Site, dense, dense_pair, meet
+from funcpeft.weights import Adapted, Quantized, Site, dense, dense_pair, meet
 
 Params = dict[str, Any]
 
@@ -50,14 +51,21 @@ class _Binding:
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         if self.pair is None:
+            if self.expr is None:
+                raise AttributeError(errors.say(f"the weight at {self.site.path!r}", "it can be read during a call only"))
             self.pair = dense_pair(self.expr, self.bias)
         return self.pair
 
 
 class _StandIn:
-    """Stands where a site's weight or bias was: cheap facts at once, the dense value for every other use."""
+    """Stands where a site's weight or bias was: cheap facts at once, the dense value for every other use.
+
+    It passes ``isinstance(weight, torch.Tensor)``. A tracer would take it for a tensor (and torch 2.13's swaps the operands of
+    ``weight @ x`` for any object like it), so traced skeletons have properties instead, and the graph drops what is not used.
+    """
 
     __slots__ = ("_binding", "_which")
+    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]  # what a proxy is for
 
     def __init__(self, binding: _Binding, which: int) -> None:
         self._binding, self._which = binding, which
@@ -89,6 +97,8 @@ class _StandIn:
         return self.dtype.is_floating_point
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # who probes for a protocol is told by the class
+            raise AttributeError(name)
         return getattr(self._value(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -113,34 +123,38 @@ class _StandIn:
         return func(*(_plain(a) for a in args), **{k: _plain(v) for k, v in (kwargs or {}).items()})
 
 
-class _TensorStandIn(_StandIn):
-    """A stand-in that passes ``isinstance(weight, torch.Tensor)``; a tracer takes such an object for a real tensor."""
-
-    __slots__ = ()
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]  # what a proxy is for
-
-
 def _plain(value: Any) -> Any:
     """Returns a value with the stand-ins in it, also those in lists and tuples, made dense."""
     kind = type(value)
-    if kind is _StandIn or kind is _TensorStandIn:
+    if kind is _StandIn:
         return value._value()
     return kind(_plain(v) for v in value) if kind is list or kind is tuple else value
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    def apply(self: _StandIn, *others: Any) -> Any:
-        return getattr(self._value(), name)(*(_plain(o) for o in others))
+def _operators() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yields the operators of a tensor that read its value, reflected ones too."""
 
-    return apply
+    def forward(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *others: f(self._value(), *(_plain(o) for o in others))
+
+    def reflected(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, other: f(_plain(other), self._value())
+
+    for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
+        f = getattr(operator, name)
+        yield f"__{name}__", forward(f)
+        yield f"__r{name}__", reflected(f)
+    for name in ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
+        yield f"__{name}__", forward(getattr(operator, name))
+    yield "__float__", forward(float)
+    yield "__int__", forward(int)
 
 
-_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
-_OTHER = ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge", "float", "int")
-for _name in (*_BINARY, *(f"r{n}" for n in _BINARY), *_OTHER):
-    setattr(_StandIn, f"__{_name}__", _operator(f"__{_name}__"))
+for _name, _f in _operators():
+    setattr(_StandIn, _name, _f)
 
 
+@functools.cache
 def _meeting(base: type) -> type:
     """Makes the class whose ``forward`` takes the place of a layer class's own in the method resolution order."""
 
@@ -150,16 +164,23 @@ def _meeting(base: type) -> type:
     return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
 
-_MEETING: dict[type, type] = {}
+def _bias_of(module: Any) -> Any:
+    binding = module.__dict__["_binding"]
+    return None if binding.site.bias is None else binding.dense()[1]
 
 
-def _site_class(cls: type, base: type) -> type:
+#: What a site's weight and bias are where a tracer reads them.
+_TRACED = {"weight": property(lambda self: self.__dict__["_binding"].dense()[0]), "bias": property(_bias_of)}
+_CLASSES: dict[tuple[type, bool], type] = {}
+
+
+def _site_class(cls: type, base: type, traced: bool) -> type:
     """Returns ``cls`` with ``base.forward`` replaced; a subclass that calls ``super().forward`` reaches it too."""
-    if base not in _MEETING:
-        _MEETING[base] = _meeting(base)
-    if cls not in _MEETING:
-        _MEETING[cls] = type(cls.__name__, (cls, _MEETING[base]), {"__module__": cls.__module__})
-    return _MEETING[cls]
+    if (cls, traced) not in _CLASSES:
+        members = {"__module__": cls.__module__, **(_TRACED if traced else {})}
+        meeting = _meeting(base)
+        _CLASSES[cls, traced] = type(cls.__name__, (meeting,) if cls is base else (cls, meeting), members)
+    return _CLASSES[cls, traced]
 
 
 #: What holds nothing that a call could write, or what every copy shares.
@@ -169,26 +190,33 @@ _ATOMS = (
 )
 
 
-def _holders(root: Any, seen: dict[int, Any]) -> Iterator[Any]:
-    """Yields the collections reachable from one, attributes of plain objects among them, each once."""
-    stack = [root]
+def _holders(root: Any, seen: dict[int, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yields the collections reachable from an object, each once, with the object whose attributes it is, if it is."""
+    stack: list[tuple[Any, Any]] = [(vars(root), root)]
     while stack:
-        item = stack.pop()
+        item, owner = stack.pop()
         if id(item) in seen or isinstance(item, _ATOMS):
             continue
         seen[id(item)] = item
-        if isinstance(item, dict):
-            yield item
-            stack += item.values()
-        elif isinstance(item, list | deque | set | tuple | frozenset):
-            yield item
-            stack += item
+        if isinstance(item, dict | list | deque | set | tuple | frozenset):
+            yield item, owner
+            stack += [(value, None) for value in (item.values() if isinstance(item, dict) else item)]
         elif isinstance(item, nn.Module) or (hasattr(item, "__dict__") and not hasattr(item, "__deepcopy__")):
-            stack.append(vars(item))
+            stack.append((vars(item), item))
 
 
-def _members(holder: Any) -> Iterable[Any]:
-    return holder.values() if isinstance(holder, dict) else holder
+_INDEXED = (dict, list, deque)  # a tuple, which a tracer follows
+
+
+def _put(holder: Any, index: Any, value: Any) -> None:
+    if isinstance(holder, _INDEXED):
+        holder[index] = value
+    else:
+        setattr(holder, index, value)
+
+
+def _at(holder: Any, index: Any) -> Any:
+    return holder[index] if isinstance(holder, _INDEXED) else getattr(holder, index)
 
 
 class _Record:
@@ -206,11 +234,11 @@ class _Record:
             for h in self.empty:
                 h.clear()
         for h, values, content in self.dicts:
-            if len(h) != len(values) or not all(map(is_, h.values(), values)):
+            if len(h) != len(values) or not all(map(operator.is_, h.values(), values)):
                 h.clear()
                 h.update(content)
         for h, values in self.lists:
-            if len(h) != len(values) or not all(map(is_, h, values)):
+            if len(h) != len(values) or not all(map(operator.is_, h, values)):
                 h.clear()
                 h.extend(values)
         for h, content in self.sets:
@@ -225,8 +253,8 @@ _SCALARS = (bool, int, float, str, type(None))
 class _Skeleton:
     """A structure-only copy of the module, and where the tensors of a call go in it.
 
-    A slot is ``(collection, index in it, key)``. Beside parameters and buffers, tensors in other attributes have slots: the
-    same tensor under another name (``_flat_weights`` of an LSTM), and constants, which a call gets as a copy, as buffers.
+    A slot is ``(dict, name in it, key)``, of parameters and buffers. An echo is a place of the same tensor under another name
+    (``_flat_weights`` of an LSTM), or of a constant, a tensor that is neither; a call gets a copy of it, as it does of buffers.
     """
 
     def __init__(
@@ -234,32 +262,32 @@ class _Skeleton:
     ) -> None:
         self.module = _copy(template)
         modules = dict(self.module.named_modules(remove_duplicate=False))
-        self.slots: list[tuple[Any, Any, str]] = []
+        self.slots: list[tuple[dict[str, Any], str, str]] = []
+        self.echoes: list[tuple[Any, Any, str]] = []
         self.tuples: list[tuple[Any, Any, list[Any], Any]] = []
         self.constants: dict[str, Tensor] = {}
         self.copied: set[str] = set()
         self.bindings: dict[str, _Binding] = {}
+        self.sites: dict[str, tuple[_Binding, int]] = {}
         self._names: dict[int, str] = {}
         seen: dict[int, Any] = {id(m): m for m in modules.values()}
         for prefix, m in modules.items():
             self._own_slots(f"{prefix}." if prefix else "", m, seen, held)
-        holders = [h for m in modules.values() for h in _holders(m.__dict__, seen)]
-        for h in holders:
-            self._other_slots(h)
-        stand_in = _StandIn if traced else _TensorStandIn
+        holders = [h for m in modules.values() for h in _holders(m, seen)]
+        for h, owner in holders:
+            self._other_slots(h, owner)
+        self.hollow: list[tuple[dict[str, Any], str, _Binding, int]] = []
         placed: set[tuple[int, str]] = set()
         for owner, name, site in sites:
-            placed |= self._place(modules[owner], name, site, stand_in)
-        self.slots = [s for s in self.slots if (id(s[0]), s[2].rpartition(".")[2]) not in placed]
-        self.keys = tuple(dict.fromkeys(key for _, _, key in self.slots))
+            placed |= self._place(modules[owner], name, site, traced)
+        self.slots = [(h, i, key) for h, i, key in self.slots if (id(h), i) not in placed]
+        in_tuples = (key for *_, keyed, _ in self.tuples for key, _ in keyed if key is not None)
+        self.keys = tuple(dict.fromkeys((*(key for _, _, key in (*self.slots, *self.echoes)), *in_tuples)))
         own = [d for m in {id(m): m for m in modules.values()}.values() for d in (m._parameters, m._buffers)]
-        self.record = _Record([*holders, *own])
+        self.record = _Record([*(h for h, _ in holders), *own])
         usual = vars(nn.Module())
         self.scalars = [
-            (m.__dict__, n, v)
-            for m in modules.values()
-            for n, v in m.__dict__.items()
-            if type(v) in _SCALARS and n not in usual
+            (m, n, v) for m in modules.values() for n, v in m.__dict__.items() if type(v) in _SCALARS and n not in usual
         ]
 
     def _own_slots(self, dot: str, m: nn.Module, seen: dict[int, Any], held: Mapping[str, str]) -> None:
@@ -275,17 +303,18 @@ class _Skeleton:
                     if d is m._buffers or rescales:
                         self.copied.add(held.get(dot + name, dot + name))
 
-    def _other_slots(self, holder: Any) -> None:
+    def _other_slots(self, holder: Any, owner: Any) -> None:
         if isinstance(holder, set | tuple | frozenset):
             return
+        place = holder if owner is None else owner
         for index, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
             if isinstance(value, Tensor):
-                self.slots.append((holder, index, self._key_of(value)))
+                self.echoes.append((place, index, self._key_of(value)))
             elif isinstance(value, tuple):
                 leaves, spec = pytree.tree_flatten(value)
                 if any(isinstance(t, Tensor) for t in leaves):
                     keyed = [(self._key_of(t), None) if isinstance(t, Tensor) else (None, t) for t in leaves]
-                    self.tuples.append((holder, index, keyed, spec))
+                    self.tuples.append((place, index, keyed, spec))
 
     def _key_of(self, t: Tensor) -> str:
         if id(t) not in self._names:
@@ -293,28 +322,38 @@ class _Skeleton:
             self.constants[key] = t
         return self._names[id(t)]
 
-    def _place(self, module: nn.Module, name: str, site: Site, stand_in: type[_StandIn]) -> set[tuple[int, str]]:
+    def _place(self, module: nn.Module, name: str, site: Site, traced: bool) -> set[tuple[int, str]]:
         """Turns a layer into a site: stand-ins in place of its parameters, which are returned, ``forward`` meets."""
         binding = self.bindings[site.weight] = _Binding(site)
+        self.sites |= {k: (binding, which) for which, k in enumerate((site.weight, site.bias)) if k is not None}
         found = layers.kind_of(module)
         assert found is not None
-        module.__class__ = _site_class(type(module), found[1])
+        module.__class__ = _site_class(type(module), found[1], traced)
         module.__dict__["_binding"] = binding
         names = (name, "bias") if site.bias is not None else (name,)
-        for which, own in enumerate(names):
-            module._parameters[own] = stand_in(binding, which)  # type: ignore[assignment]
-        return {(id(module._parameters), own) for own in names}
+        own: dict[str, Any] = module._parameters
+        for which, n in enumerate(names):
+            if traced:
+                self.hollow.append((own, n, binding, which))
+            else:
+                own[n] = _StandIn(binding, which)
+        return {(id(own), n) for n in names}
 
     def taken(self) -> list[Any]:
         """Returns what is in the slots, for ``restore_traced``."""
-        return [holder[index] for holder, index, *_ in (*self.slots, *self.tuples)]
+        return [_at(holder, index) for holder, index, *_ in (*self.slots, *self.echoes, *self.tuples, *self.hollow)]
 
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Puts a call's tensors in the slots."""
         for holder, index, key in self.slots:
             holder[index] = values[key]
+        for holder, index, key in self.echoes:
+            _put(holder, index, values[key])
         for holder, index, keyed, spec in self.tuples:
-            holder[index] = pytree.tree_unflatten([t if key is None else values[key] for key, t in keyed], spec)
+            _put(holder, index, pytree.tree_unflatten([t if key is None else values[key] for key, t in keyed], spec))
+        for own, name, b, which in self.hollow:  # for who lists parameters: right in dtype, device and shape, and NaN
+            like: Any = b.bias if which else b.expr
+            own[name] = torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(like.shape)
 
     def restore(self) -> None:
         """Puts back whatever the call wrote, and lets go of its tensors."""
@@ -324,13 +363,13 @@ class _Skeleton:
 
     def restore_traced(self, taken: list[Any]) -> None:
         """Does what ``restore`` does in the way that a tracer follows; it meets scalar attributes, not collections."""
-        for (holder, index, *_), old in zip((*self.slots, *self.tuples), taken, strict=True):
-            holder[index] = old
+        for (holder, index, *_), old in zip((*self.slots, *self.echoes, *self.tuples, *self.hollow), taken, strict=True):
+            _put(holder, index, old)
         for b in self.bindings.values():
             b.bind(None, None)
-        for attributes, name, old in self.scalars:
-            if attributes.get(name) is not old:
-                attributes[name] = old
+        for m, name, old in self.scalars:
+            if getattr(m, name, None) is not old:
+                setattr(m, name, old)
 
 
 class Model:
@@ -458,13 +497,17 @@ class Model:
             raise errors.NameMissingError(errors.say(self.name, "params must hold every leaf", found, remedy))
 
     def _run(
-        self, target: Callable[[nn.Module], Any], params: Params, args: Any, kwargs: Any, *, stateful: bool = False
+        self, target: Callable[[Any], Any], params: Params, args: Any, kwargs: Any, *, stateful: bool = False
     ) -> tuple[Any, Params]:
         if not isinstance(params, dict):
             found = type(params).__name__
             raise TypeError(errors.say(self.name, "params must be a dict of leaves", found, "take params from functionalize"))
         self.check(params)
         expressions = frozenset(k for k, v in params.items() if not isinstance(v, Tensor))
+        for key in expressions:
+            if not isinstance(params[key], Adapted | Quantized):
+                rule, found = "a leaf must be a tensor or a weight expression", type(params[key]).__name__
+                raise TypeError(errors.say(f"params[{key!r}]", rule, found, "take params from functionalize"))
         if torch.compiler.is_dynamo_compiling():
             # the graph does not run this object, but its guards read it: one that no eager call ever touches
             return self._run_traced(self._traced[expressions], target, params, args, kwargs, stateful)
@@ -482,7 +525,7 @@ class Model:
             pool.append(skeleton)
 
     def _run_traced(
-        self, s: _Skeleton, target: Callable[[nn.Module], Any], params: Params, args: Any, kwargs: Any, stateful: bool
+        self, s: _Skeleton, target: Callable[[Any], Any], params: Params, args: Any, kwargs: Any, stateful: bool
     ) -> tuple[Any, Params]:
         taken = s.taken()
         try:
@@ -494,19 +537,23 @@ class Model:
 
     def _bind(self, s: _Skeleton, params: Params) -> Params:
         """Puts a call's tensors and expressions into a skeleton, and returns the tensors by key of their slot."""
-        values = self._read(s, params)
-        copies: Params = {}
+        values, copies = self._read(s, params), {}
+        for key, b in s.bindings.items():
+            b.bind(params[key], None if b.site.bias is None else dense(self._leaf(params, b.site.bias)))
         for key in s.keys:
             if key in values:
                 continue
             source = key if key in params else self.ties.get(key, key)
-            value = s.constants[key] if key in s.constants else params[source]
+            value: Any
+            if key in s.sites:  # another attribute holds a site's weight or bias
+                binding, which = s.sites[key]
+                value = binding.dense()[which]
+            else:
+                value = s.constants[key] if key in s.constants else dense(params[source])
             if key in s.constants or self.ties.get(key, key) in s.copied:  # a forward may write it
-                value = copies[source] = copies[source] if source in copies else dense(value).clone()
-            values[key] = self._fitting(source, value) if isinstance(value, Tensor) else dense(value)
+                value = copies[source] = copies[source] if source in copies else value.clone()
+            values[key] = self._fitting(source, value)
         s.fill(values)
-        for key, b in s.bindings.items():
-            b.bind(params[key], None if b.site.bias is None else dense(self._leaf(params, b.site.bias)))
         return values
 
     def _fitting(self, key: str, value: Tensor) -> Tensor:
@@ -530,8 +577,8 @@ class Model:
         """Returns params with the leaves that a forward wrote, in place or by putting another tensor in the slot."""
         new: Params = {}
         for holder, name, key in s.slots:
-            now = holder.get(name) if isinstance(holder, dict) else None
-            if now is None or key in s.constants or self.ties.get(key, key) not in s.copied:
+            now = holder.get(name)
+            if now is None or self.ties.get(key, key) not in s.copied:
                 continue
             if now is not values[key]:
                 new[key] = now
@@ -583,8 +630,8 @@ def _copy(module: nn.Module) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in module.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
-    for holder in _holders(module, {}):
-        for t in _members(holder):
+    for holder, _ in _holders(module, {}):
+        for t in holder.values() if isinstance(holder, dict) else holder:
             if isinstance(t, Tensor):
                 memo.setdefault(id(t), t)
     try:

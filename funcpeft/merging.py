@@ -51,7 +51,7 @@ class MergeReport:
         return report_table(self)
 
 
-register(MergeReport, lambda r: ((r.sites,), r.notes), lambda notes, children: MergeReport(tuple(children)[0], notes))
+register(MergeReport, lambda r: ((r.sites,), r.notes), lambda notes, children: MergeReport(next(iter(children)), notes))
 
 
 def report_table(report: MergeReport) -> str:
@@ -99,7 +99,9 @@ def stored_as(site: Site, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return site.kind.stored(matrix, site.shape).to(dtype).contiguous()
 
 
-def merge_site(expr: Adapted, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+def merge_site(
+    expr: Adapted, bias: Tensor | None, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Merges one site: stored weight, bias (``None`` if it has none), and the measures.
 
     Raises:
@@ -111,7 +113,12 @@ def merge_site(expr: Adapted, bias: Tensor | None, dtype: torch.dtype | None) ->
     for name, value in (("weight", matrix), ("bias", new_bias)):
         if value is not None and not all_finite(value):
             raise ValueError(
-                errors.say(f"merge at {site.path!r}", f"the merged {name} must be finite", "NaN or infinity", "the adapter or the base is broken there")
+                errors.say(
+                    f"merge at {site.path!r}",
+                    f"the merged {name} must be finite",
+                    "NaN or infinity",
+                    "the adapter or the base is broken there",
+                )
             )
     stored = stored_as(site, matrix, dtype or expr.dtype)
     back = site.kind.matrix(stored).to(matrix.dtype)
@@ -138,9 +145,10 @@ def merge_params(
 ) -> tuple[dict[str, Any], MergeReport]:
     """Merges a tree of params with expressions: every ``Adapted`` leaf becomes a tensor, all others are shared."""
     merged, rows, notes = dict(attached), {}, []
+    untouched = {id(v) for v in plain.values()}
     for key, expr in attached.items():
         if not isinstance(expr, Adapted):
-            if expr is not plain.get(key) and key in plain:
+            if id(expr) not in untouched:
                 merged[key] = expr.to(dtype or expr.dtype, copy=True)
             continue
         site = expr.site

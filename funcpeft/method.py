@@ -34,7 +34,7 @@ class FrozenDict(dict[str, Any]):
     def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise TypeError("FrozenDict: a method's fields do not change; make another method with dataclasses.replace.")
 
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # type: ignore[assignment]
 
     def __reduce__(self) -> Any:
         return FrozenDict, (dict(self),)
@@ -116,6 +116,8 @@ class Method:
     rank_axes: ClassVar[Mapping[str, int]] = {}
     #: Fields of peft's config that this method does not have, with the only value it can stand for.
     peft_fixed: ClassVar[Mapping[str, Any]] = {}
+    #: Fields of this class that a file of peft implies, with the values.
+    peft_implied: ClassVar[Mapping[str, Any]] = {}
     #: Fields of this class that peft's config does not have.
     peft_lacks: ClassVar[tuple[str, ...]] = ()
     #: Whether merging twice equals merging the sum of the updates.
@@ -186,13 +188,21 @@ class Method:
         """Raises ``ValueError`` if the method's fields do not fit a site; shapes only, before any work."""
 
     def unmerge_gain(self, leaves: Leaves, base: Base) -> Tensor | float:
-        """Bounds how much ``unmerge`` amplifies an error of the merged weight."""
+        """Bounds how much ``unmerge`` amplifies the largest error of an entry of the merged weight."""
         return 1.0
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
         """Returns small instances, one per variant of the formula, on which the laws are checked."""
         return (cls(),)
+
+    def resolve(self, default: Callable[[str, str], Any]) -> Self:
+        """Returns the method with fields filled that depend on the architecture.
+
+        ``default(family, field)`` looks up the default targets of a peft type for this model; it is ``None`` where the
+        model has no architecture's name.
+        """
+        return self
 
     # -- as data -----------------------------------------------------------------------------------------------------
 
@@ -227,9 +237,7 @@ class Method:
         names = {f.name for f in dataclasses.fields(cls)}
         given = {k: v for k, v in data.items() if k != "method"}
         for name in given.keys() - names:
-            raise TypeError(
-                errors.say(cls.__name__, "fields must be known", repr(name), errors.nearest(name, names))
-            )
+            raise TypeError(errors.say(cls.__name__, "fields must be known", repr(name), errors.nearest(name, names)))
         return cls(**given)
 
     def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
@@ -252,7 +260,9 @@ class Method:
         fields = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for name in self.peft_lacks:
             if fields.pop(name, None):
-                raise ValueError(errors.say(f"save_peft of {self.label}", f"peft has no field {name!r}", repr(getattr(self, name))))
+                raise ValueError(
+                    errors.say(f"save_peft of {self.label}", f"peft has no field {name!r}", repr(getattr(self, name)))
+                )
         return {**fields, **thaw(freeze(self.peft_fixed))}
 
     def require(self, ok: bool, field: str, rule: str, found: object, remedy: str = "") -> None:

@@ -26,10 +26,16 @@ def stack(adapters: Sequence[Adapters]) -> Any:
 
     Raises:
         ValueError: If there is none, or shapes differ along another axis than the rank's.
-        TypeError: If paths or leaves differ.
+        TypeError: If paths, leaves or their dtypes differ.
     """
     if isinstance(adapters, Adapter) or not len(adapters):
-        raise ValueError(errors.say("stack", "a list of at least one adapter is required", "one Adapter" if isinstance(adapters, Adapter) else "an empty list"))
+        raise ValueError(
+            errors.say(
+                "stack",
+                "a list of at least one adapter is required",
+                "one Adapter" if isinstance(adapters, Adapter) else "an empty list",
+            )
+        )
     several = [as_tuple(a) for a in adapters]
     if len({len(s) for s in several}) > 1:
         raise TypeError(errors.say("stack", "every member must have as many adapters", sorted({len(s) for s in several})))
@@ -48,7 +54,9 @@ def _stack_trees(trees: Sequence[Tree], axes: dict[str, int], *, share: bool) ->
     for t in trees[1:]:
         if t.keys() != first.keys() or any(t[p].keys() != first[p].keys() for p in first):
             odd = sorted(t.keys() ^ first.keys()) or sorted(p for p in first if t[p].keys() != first[p].keys())
-            raise TypeError(errors.say("stack", "every member must have the same paths and leaves", f"a difference at {errors.listed(odd)}"))
+            raise TypeError(
+                errors.say("stack", "every member must have the same paths and leaves", f"a difference at {errors.listed(odd)}")
+            )
     return {
         path: {name: _stack_leaf([t[path][name] for t in trees], path, name, axes.get(name), share) for name in leaves}
         for path, leaves in first.items()
@@ -56,6 +64,10 @@ def _stack_trees(trees: Sequence[Tree], axes: dict[str, int], *, share: bool) ->
 
 
 def _stack_leaf(leaves: list[Tensor], path: str, name: str, axis: int | None, share: bool) -> Tensor:
+    dtypes = {t.dtype for t in leaves}
+    if len(dtypes) > 1:
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise TypeError(errors.say(f"stack at {path!r}", f"leaf {name!r} must have one dtype", found, "name it in net.init"))
     shapes = {t.shape for t in leaves}
     if len(shapes) > 1:
         leaves = _pad(leaves, path, name, axis)
@@ -81,9 +93,17 @@ def members(adapter: Adapters) -> int:
     Raises:
         ValueError: If the leaves have no common leading axis.
     """
-    sizes = {t.shape[0] if t.ndim else 0 for a in as_tuple(adapter) for tree in (a.params, a.consts) for leaves in tree.values() for t in leaves.values()}
+    sizes = {
+        t.shape[0] if t.ndim else 0
+        for a in as_tuple(adapter)
+        for tree in (a.params, a.consts)
+        for leaves in tree.values()
+        for t in leaves.values()
+    }
     if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(errors.say("unstack", "every leaf must have the same leading axis", f"sizes {sorted(sizes)}", "make it with stack"))
+        raise ValueError(
+            errors.say("unstack", "every leaf must have the same leading axis", f"sizes {sorted(sizes)}", "make it with stack")
+        )
     return sizes.pop()
 
 

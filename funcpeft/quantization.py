@@ -42,16 +42,26 @@ def quantize(
     if not isinstance(format, Format):
         raise TypeError(errors.say("quantize", "a format is required", type(format).__name__, "pass an instance such as NF4()"))
     model.check(params)
-    rule = Method(target_modules=tuple(target_modules) if not isinstance(target_modules, str) else target_modules, exclude_modules=exclude_modules)  # type: ignore[arg-type]
+    rule = Method(
+        target_modules=tuple(target_modules) if not isinstance(target_modules, str) else target_modules,
+        exclude_modules=exclude_modules
+        if exclude_modules is None or isinstance(exclude_modules, str)
+        else tuple(exclude_modules),
+    )
     modules = dict(model.modules())
     out = dict(params)
     for path in targets.target_paths(model, rule):
         known = layers.kind_of(modules[path])
         if known is None:
-            raise TypeError(errors.say(f"quantize at {path!r}", "a layer with a matrix is required", type(modules[path]).__name__))
-        key = model.ties.get(f"{path}.weight", f"{path}.weight")
+            raise TypeError(
+                errors.say(f"quantize at {path!r}", "a layer with a matrix is required", type(modules[path]).__name__)
+            )
+        key = f"{path}.weight"
+        key = key if key in params else model.ties[key]  # params may carry an alias, which unties it
         if isinstance(params[key], Quantized):
-            raise TypeError(errors.say(f"quantize at {path!r}", "a dense weight is required", "a Quantized leaf", "call dequantize first"))
+            raise TypeError(
+                errors.say(f"quantize at {path!r}", "a dense weight is required", "a Quantized leaf", "call dequantize first")
+            )
         try:
             out[key] = format.requant(params[key])
         except ValueError as e:

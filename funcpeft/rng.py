@@ -91,6 +91,7 @@ def key(seed: int | Tensor, *salts: int) -> tuple[Any, Any]:
     salt = 0x9E3779B9
     for s in salts:
         salt = _mix((salt * 31 + s) & _MASK)
+    seed = seed.to(torch.int64) if isinstance(seed, Tensor) else seed
     low, high = seed & _MASK, (seed >> 32) & _MASK
     first = (low * 0x2545F491 + high * 0x6A09E667 + salt) & _MASK
     second = (low * 0x3C6EF372 + high * 0x510E527F + _mix(salt)) & _MASK

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from funcpeft import errors, layers
 from funcpeft.functional import Model
-from funcpeft.method import Method
+from funcpeft.method import Method, pattern_matches
 from funcpeft.weights import Base, Site
 
 
@@ -43,19 +43,34 @@ def default_table() -> dict[str, Any]:
     return json.loads(text)["entries"]
 
 
-def default_targets(model: Model, family: str, where: str) -> Any:
+def default_targets(model: Model, family: str, where: str, field: str = "target_modules") -> Any:
     """Returns the default targets of a model's architecture for a peft type.
 
     Raises:
         ValueError: If the architecture is unknown, or has no default for this family.
     """
-    name = getattr(model.config, "model_type", None)
+    if family == "TRAINABLE_TOKENS":
+        return (_input_embedding(model, where),)
+    name = getattr(model.config, "model_type", "")
     for row in default_table().get(name, []):
         if family in row["methods"]:
             found = row["targets"]
             return tuple(found) if isinstance(found, list) else found
     raise ValueError(
-        errors.say(where, "target_modules has no default for this model", f"model_type {name!r}", "name the modules in target_modules")
+        errors.say(where, f"{field} has no default for this model", f"model_type {name!r}", f"name the modules in {field}")
+    )
+
+
+def _input_embedding(model: Model, where: str) -> str:
+    root: Any = model.root
+    found = root.get_input_embeddings() if hasattr(root, "get_input_embeddings") else None
+    for name, m in model.modules():
+        if m is found:
+            return name
+    raise ValueError(
+        errors.say(
+            where, "target_modules has no default for this model", "no input embedding", "name the module in target_modules"
+        )
     )
 
 
@@ -63,13 +78,13 @@ def all_linear(model: Model) -> tuple[str, ...]:
     """Lists the paths of all linear layers but the output head."""
     root: Any = model.root
     head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None
-    heads = ("score", "classifier") if head is None and "SequenceClassification" in model.name else ()
+    if head is None and "SequenceClassification" in model.name:
+        head = next((m for m in (getattr(root, n, None) for n in ("score", "classifier")) if m is not None), None)
+    skipped = set(head.modules()) if isinstance(head, nn.Module) else set()
     return tuple(
         name
         for name, m in model.modules()
-        if (isinstance(m, nn.Linear) or layers.is_conv1d_of_transformers(m))
-        and m is not head
-        and name.rsplit(".", 1)[-1] not in heads
+        if (isinstance(m, nn.Linear) or layers.is_conv1d_of_transformers(m)) and m not in skipped
     )
 
 
@@ -97,9 +112,13 @@ def _every_entry(where: str, field: str, rule: Any, paths: Sequence[str]) -> Non
         except re.error as e:
             raise ValueError(errors.say(where, f"{field} must be a valid regular expression", f"{rule!r} ({e})")) from e
         if not hit:
-            short = [p.rsplit(".", 1)[-1] for p in paths] if "." not in entry else list(paths)
             raise errors.NoMatchError(
-                errors.say(where, f"every entry of {field} must match a module", repr(entry), errors.nearest(entry, short))
+                errors.say(
+                    where,
+                    f"every entry of {field} must match a module",
+                    repr(entry),
+                    errors.nearest(entry, _endings(entry, paths)),
+                )
             )
 
 
@@ -107,6 +126,8 @@ def target_paths(model: Model, method: Method, allowed: Sequence[str] | None = N
     """Lists the paths of the modules a method adapts, in module order.
 
     Args:
+        model: The model whose modules are candidates.
+        method: The method whose fields choose.
         allowed: The paths among which to choose; all modules of the model by default.
 
     Raises:
@@ -115,21 +136,20 @@ def target_paths(model: Model, method: Method, allowed: Sequence[str] | None = N
     """
     where, paths = method.label, list(allowed or (name for name, _ in model.modules()))
     rule: Any = method.target_modules
-    if rule is None:
-        if getattr(method, "target_parameters", None):
-            return ()
-        rule = default_targets(model, method.peft_type, where)
-    if rule == ():
+    if rule == () or (rule is None and getattr(method, "target_parameters", None)):
         return ()
-    if isinstance(rule, str) and rule.lower() == "all-linear":
-        rule = all_linear(model)
-        if not rule:
-            raise errors.NoMatchError(errors.say(where, "'all-linear' must match a linear layer", "a model without any"))
+    if rule is None:  # a default is for every model of an architecture, of which this one may lack some layers
+        rule = default_targets(model, method.peft_type, where)
+        rule = rule if isinstance(rule, str) else tuple(n for n in rule if any(matches((n,), p) for p in paths)) or rule
     kept_layers, patterns = _as_tuple(method.layers_to_transform), _as_tuple(method.layers_pattern)
     if patterns and not kept_layers:
         raise ValueError(errors.say(where, "layers_pattern needs layers_to_transform", None))
     if kept_layers and isinstance(rule, str):
         raise ValueError(errors.say(where, "layers_to_transform needs a list of target_modules", f"the string {rule!r}"))
+    if isinstance(rule, str) and rule.lower() == "all-linear":
+        rule = all_linear(model)
+        if not rule:
+            raise errors.NoMatchError(errors.say(where, "'all-linear' must match a linear layer", "a model without any"))
     _every_entry(where, "target_modules", rule, paths)
     found = [p for p in paths if matches(rule, p)]
     excluded = method.exclude_modules
@@ -142,10 +162,19 @@ def target_paths(model: Model, method: Method, allowed: Sequence[str] | None = N
         for layer in kept_layers:
             if layer not in index.values():
                 seen = sorted({i for i in index.values() if i is not None})
-                raise errors.NoMatchError(errors.say(where, "every entry of layers_to_transform must be a layer", layer, f"layers are {seen}"))
+                raise errors.NoMatchError(
+                    errors.say(where, "every entry of layers_to_transform must be a layer", layer, f"layers are {seen}")
+                )
         found = [p for p in found if p in rule or index[p] in kept_layers]
     if not found:
-        raise errors.NoMatchError(errors.say(where, "target_modules must leave a module to adapt", f"{rule!r}, all of it excluded", "see exclude_modules and modules_to_save"))
+        raise errors.NoMatchError(
+            errors.say(
+                where,
+                "target_modules must leave a module to adapt",
+                f"{rule!r}, all of it excluded",
+                "see exclude_modules and modules_to_save",
+            )
+        )
     return tuple(found)
 
 
@@ -155,7 +184,9 @@ def parameter_keys(model: Model, names: Sequence[str], where: str) -> tuple[str,
     for name in names:
         if not any(matches((name,), k) for k in keys):
             raise errors.NoMatchError(
-                errors.say(where, "every entry of target_parameters must match a parameter", repr(name), errors.nearest(name, keys))
+                errors.say(
+                    where, "every entry of target_parameters must match a parameter", repr(name), errors.nearest(name, keys)
+                )
             )
     return tuple(k for k in keys if matches(names, k))
 
@@ -164,6 +195,7 @@ def sites_of(model: Model, method: Method) -> dict[str, Site]:
     """Returns the sites of a method, by path, in module order.
 
     Raises:
+        NoMatchError: If no site is found, or a key of a pattern names none; the message names the nearest.
         TypeError: If a targeted module is of a kind that the method does not take.
         ValueError: If the method's fields do not fit a site.
     """
@@ -175,9 +207,33 @@ def sites_of(model: Model, method: Method) -> dict[str, Site]:
         found.append(_parameter_site(model, method, key))
     unique = {s.path: s for s in found}
     sites = {path: dataclasses.replace(site, index=i) for i, (path, site) in enumerate(unique.items())}
+    if not sites:
+        raise errors.NoMatchError(errors.say(method.label, "a method must adapt something", "no target", "see target_modules"))
+    _every_pattern(method, list(sites))
     for site in sites.values():
         _check(method, site)
     return sites
+
+
+def _every_pattern(method: Method, paths: Sequence[str]) -> None:
+    """Raises for the first key of ``rank_pattern``, ``alpha_pattern`` and the like that names no site."""
+    patterns = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name.endswith("_pattern")}
+    keys = [(field, key) for field, value in patterns.items() if isinstance(value, Mapping) for key in value]
+    for field, key in keys:
+        try:
+            hit = any(pattern_matches(key, p) for p in paths)
+        except re.error as e:
+            raise ValueError(
+                errors.say(method.label, f"a key of {field} must be a valid regular expression", f"{key!r} ({e})")
+            ) from e
+        if not hit:
+            hint = errors.nearest(key, _endings(key, paths))
+            raise errors.NoMatchError(errors.say(method.label, f"every key of {field} must name a site", repr(key), hint))
+
+
+def _endings(entry: str, paths: Sequence[str]) -> list[str]:
+    """Returns what to compare a misspelt entry with: last components, or whole paths if it has a dot."""
+    return list(paths) if "." in entry else [p.rsplit(".", 1)[-1] for p in paths]
 
 
 def _check(method: Method, site: Site) -> None:
@@ -217,7 +273,12 @@ def _module_sites(model: Model, method: Method, path: str, module: nn.Module) ->
     if known is None or known[0].name not in method.kinds:
         name = known[0].name if known else f"a {type(module).__name__}"
         raise TypeError(
-            errors.say(f"{method.label} at {path!r}", f"a target must be one of the kinds {sorted(method.kinds)}", name, "narrow target_modules or exclude it")
+            errors.say(
+                f"{method.label} at {path!r}",
+                f"a target must be one of the kinds {sorted(method.kinds)}",
+                name,
+                "narrow target_modules or exclude it",
+            )
         )
     return [model.site(key)]
 
@@ -228,6 +289,11 @@ def _parameter_site(model: Model, method: Method, key: str) -> Site:
         return dataclasses.replace(site, path=key, kind=layers.Vector(), met=False, bias=None)
     if site.kind.name not in method.kinds:
         raise TypeError(
-            errors.say(f"{method.label} at {key!r}", f"a target must be one of the kinds {sorted(method.kinds)}", site.kind.name, "narrow target_parameters")
+            errors.say(
+                f"{method.label} at {key!r}",
+                f"a target must be one of the kinds {sorted(method.kinds)}",
+                site.kind.name,
+                "narrow target_parameters",
+            )
         )
     return site

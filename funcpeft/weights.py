@@ -61,7 +61,7 @@ class Quantized:
 register(
     Quantized,
     lambda q: ((q.data,), (q.format, tuple(q.shape), q.dtype)),
-    lambda static, children: Quantized(tuple(children)[0], static[0], torch.Size(static[1]), static[2]),
+    lambda static, children: Quantized(next(iter(children)), static[0], torch.Size(static[1]), static[2]),
 )
 
 
@@ -109,7 +109,7 @@ class Adapted:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype of the stored weight."""
+        """Dtype of the stored weight."""
         return self.base.dtype
 
     @property
@@ -129,10 +129,10 @@ def wide(t: Tensor) -> Tensor:
 class Base:
     """What a site computes without the method that looks at it: the view methods are written against.
 
-    ``base(x)`` is the layer's output, bias included; ``base.weight`` is the matrix ``(*lead, out, in)``, made dense on
-    first use; ``base.bias`` is ``(out,)`` or ``None``; both are in the dtype in which the method computes, float32 or wider,
-    and so are the leaves that ``merge`` gets. ``base.map(x, M)`` meets x with another matrix of the same ``in`` at the layer's geometry; ``over_in`` and ``over_out`` apply a function of the last axis to the feature
-    axis of inputs and outputs.
+    ``base(x)`` is the layer's output, bias included; ``base.weight`` is the matrix ``(*lead, out, in)``, made dense on first
+    use; ``base.bias`` is ``(out,)`` or ``None``. Both are in the dtype in which the method computes, float32 or wider, and so
+    are the leaves that ``merge`` gets. ``base.map(x, M)`` meets x with another matrix of the same ``in`` at the layer's
+    geometry; ``over_in`` and ``over_out`` apply a function of the last axis to the feature axis of inputs and outputs.
     """
 
     __slots__ = ("_expr", "_occurrence", "_pair", "_raw_bias", "precision", "site")
@@ -261,6 +261,10 @@ def meet(expr: Any, site: Site, bias: Tensor | None, x: Tensor, occurrence: int 
     """Computes a layer's output for an input, the weight being an expression.
 
     Args:
+        expr: The weight.
+        site: Its static facts.
+        bias: The layer's dense bias, or ``None``.
+        x: The layer's input.
         occurrence: How many times this call has met the site before; it tells their draws apart.
     """
     if isinstance(expr, Adapted):

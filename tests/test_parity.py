@@ -265,8 +265,12 @@ def test_every_config_key_written_is_one_of_pefts(tmp_path):
     for kind, classes in registered().items():
         for cls in classes:
             names = {f.name for f in dataclasses.fields(mapping[kind])}
-            shared = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"} if hasattr(cls, "wrap") else set()
-            own = {f.name for f in dataclasses.fields(cls)} - set(cls.peft_lacks) - shared
+            shared = (
+                {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+                if hasattr(cls, "wrap")
+                else set()
+            )
+            own = {f.name for f in dataclasses.fields(cls)} - set(cls.peft_lacks) - set(cls.peft_implied) - shared
             assert own <= names, f"{cls.__name__}: {sorted(own - names)} are not fields of {kind}"
             assert set(cls.peft_fixed) <= names, f"{cls.__name__}: {sorted(set(cls.peft_fixed) - names)}"
 
@@ -279,7 +283,9 @@ def test_defaults_are_pefts():
                 theirs = next((g for g in dataclasses.fields(mapping[kind]) if g.name == f.name), None)
                 if theirs is None or theirs.default is dataclasses.MISSING or f.name == "token_indices":
                     continue
-                assert (f.default or None) == (theirs.default or None), f"{cls.__name__}.{f.name}: {f.default} against {theirs.default}"
+                assert (f.default or None) == (theirs.default or None), (
+                    f"{cls.__name__}.{f.name}: {f.default} against {theirs.default}"
+                )
 
 
 def test_rows_cover_every_method_with_weights():

@@ -15,106 +15,129 @@ from torch import Tensor, nn
 
 VOCAB = 96
 
-_TEXT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TEXT = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GROUPED = {"intermediate_size": 48, "num_key_value_heads": 2, **_TOKENS}
-_IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
+_IMAGE = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
 
 
-def _llama() -> Any:
+def _llama(layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**_TEXT, **_GROUPED))
+    return LlamaForCausalLM(LlamaConfig(**_TEXT, **_GROUPED, num_hidden_layers=layers))
 
 
-def _llama_tied() -> Any:
+def _llama_tied(layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**_TEXT, **_GROUPED, tie_word_embeddings=True))
+    return LlamaForCausalLM(LlamaConfig(**_TEXT, **_GROUPED, num_hidden_layers=layers, tie_word_embeddings=True))
 
 
-def _llama_dynamic() -> Any:
+def _llama_dynamic(layers: int) -> Any:
     """Llama whose RoPE table grows with the input: trained on 8 positions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    return LlamaForCausalLM(LlamaConfig(**_TEXT, **_GROUPED, rope_parameters=rope, max_position_embeddings=8))
+    return LlamaForCausalLM(
+        LlamaConfig(**_TEXT, **_GROUPED, num_hidden_layers=layers, rope_parameters=rope, max_position_embeddings=8)
+    )
 
 
-def _qwen3() -> Any:
+def _qwen3(layers: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(Qwen3Config(**_TEXT, **_GROUPED, head_dim=8))
+    return Qwen3ForCausalLM(Qwen3Config(**_TEXT, **_GROUPED, num_hidden_layers=layers, head_dim=8))
 
 
-def _gemma3() -> Any:
+def _gemma3(layers: int) -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    config = Gemma3TextConfig(**_TEXT, **_GROUPED, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+    config = Gemma3TextConfig(
+        **_TEXT,
+        **_GROUPED,
+        num_hidden_layers=layers,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"][:layers],
+    )
     return Gemma3ForCausalLM(config)
 
 
-def _gpt2() -> Any:
+def _gpt2(layers: int) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=layers, n_head=4, n_positions=64, **_TOKENS))
 
 
-def _opt() -> Any:
+def _opt(layers: int) -> Any:
     from transformers import OPTConfig, OPTForCausalLM
 
-    return OPTForCausalLM(OPTConfig(**_TEXT, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, **_TOKENS))
+    return OPTForCausalLM(
+        OPTConfig(**_TEXT, num_hidden_layers=layers, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, **_TOKENS)
+    )
 
 
-def _t5() -> Any:
+def _t5(layers: int) -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_decoder_layers": 2}
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": layers, "num_heads": 4, "num_decoder_layers": layers}
     tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **shape, **tokens))
 
 
-def _bert() -> Any:
+def _bert(layers: int) -> Any:
     from transformers import BertConfig, BertModel
 
-    return BertModel(BertConfig(**_TEXT, intermediate_size=48, max_position_embeddings=64))
+    return BertModel(BertConfig(**_TEXT, num_hidden_layers=layers, intermediate_size=48, max_position_embeddings=64))
 
 
-def _vit() -> Any:
+def _vit(layers: int) -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(**_IMAGE, num_labels=5))
+    return ViTForImageClassification(ViTConfig(**_IMAGE, num_hidden_layers=layers, num_labels=5))
 
 
-def _clip() -> Any:
+def _clip(layers: int) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
-    text = {**_TEXT, "intermediate_size": 48, "max_position_embeddings": 32, "projection_dim": 16, **_TOKENS}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config={**_IMAGE, "projection_dim": 16}, projection_dim=16))
+    text = {
+        **_TEXT,
+        "num_hidden_layers": layers,
+        "intermediate_size": 48,
+        "max_position_embeddings": 32,
+        "projection_dim": 16,
+        **_TOKENS,
+    }
+    vision = {**_IMAGE, "num_hidden_layers": layers, "projection_dim": 16}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
 
 
-def _whisper() -> Any:
+def _whisper(layers: int) -> Any:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    depth = {"encoder_layers": layers, "decoder_layers": layers, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 10}
     tokens = {**_TOKENS, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None}
-    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=VOCAB, max_target_positions=32, **layers, **sizes, **tokens))
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=VOCAB, max_target_positions=32, **depth, **sizes, **tokens))
 
 
-def _mixtral() -> Any:
+def _mixtral(layers: int) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(MixtralConfig(**_TEXT, **_GROUPED, num_local_experts=4, num_experts_per_tok=2))
+    return MixtralForCausalLM(
+        MixtralConfig(**_TEXT, **_GROUPED, num_hidden_layers=layers, num_local_experts=4, num_experts_per_tok=2)
+    )
 
 
-def _mamba() -> Any:
+def _mamba(layers: int) -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
-    return MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4, **_TOKENS))
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, state_size=4, time_step_rank=4, **_TOKENS)
+    )
 
 
-MAKERS: dict[str, Callable[[], Any]] = {
+MAKERS: dict[str, Callable[[int], Any]] = {
     "llama": _llama,
     "llama_tied": _llama_tied,
     "llama_dynamic": _llama_dynamic,
@@ -154,25 +177,23 @@ def targets(name: str) -> list[str]:
 
 
 @functools.cache
-def model(name: str, **changes: Any) -> Any:
+def model(name: str, layers: int = 2) -> Any:
     """Returns a module of the zoo, the same object at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = MAKERS[name]()
+        module = MAKERS[name](layers)
         with torch.no_grad():
             for p in module.parameters():
                 p.add_(0.05 * torch.randn_like(p))
-    for key, value in changes.items():
-        setattr(module.config, key, value)
     return module.eval().requires_grad_(False)
 
 
 @functools.cache
-def functional(name: str) -> tuple[Any, dict[str, Any]]:
+def functional(name: str, layers: int = 2) -> tuple[Any, dict[str, Any]]:
     """Returns ``functionalize(model(name))``, the same objects at every call."""
     from funcpeft.functional import functionalize
 
-    return functionalize(model(name))
+    return functionalize(model(name, layers))
 
 
 def ids(batch: int = 2, length: int = 6, seed: int = 0) -> Tensor:
@@ -206,7 +227,7 @@ def leading(output: Any) -> Tensor:
     for field in ("logits", "logits_per_image", "last_hidden_state"):
         if getattr(output, field, None) is not None:
             return getattr(output, field)
-    return output[0]
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def plain() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
@@ -231,7 +252,10 @@ def plain() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
         made["group_norm"] = nn.GroupNorm(2, 4), (image,)
         made["batch_norm"] = nn.BatchNorm2d(4), (image,)
         made["attention"] = nn.MultiheadAttention(8, 2, batch_first=True), (noise(2, 5, 8),) * 3
-        made["attention_kdim"] = nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True), (noise(2, 5, 8), noise(2, 3, 6), noise(2, 3, 4))
+        made["attention_kdim"] = (
+            nn.MultiheadAttention(8, 2, kdim=6, vdim=4, batch_first=True),
+            (noise(2, 5, 8), noise(2, 3, 6), noise(2, 3, 4)),
+        )
         made["lstm"] = nn.LSTM(4, 6, num_layers=2, bidirectional=True, batch_first=True), (noise(2, 5, 4),)
         made["gru"] = nn.GRU(4, 6), (noise(5, 2, 4),)
         made["encoder_layer"] = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (noise(2, 5, 8),)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from funcpeft import errors, methods
-from funcpeft.adapt import Entry, Net, adapt
+from funcpeft.adapt import Entry, Net, adapt, shapes_of
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model, Params
 from funcpeft.method import Method
@@ -71,7 +71,7 @@ def file_prefixes(net: Net, entry: Entry) -> dict[str, str]:
             prefixes[path] = f"{parent}.base_layer.{last}." if inside else f"{path}."
     for owner, paths in levels.items():
         for depth, path in enumerate(reversed(paths)):
-            prefixes[path] = f"{owner}." + "base_layer." * depth
+            prefixes[path] = (f"{owner}." if owner else "") + "base_layer." * depth
     return prefixes
 
 
@@ -140,13 +140,24 @@ def _folder(path: str, revision: str | None, subfolder: str) -> Path:
                 hint = "only safetensors are read, convert the .bin file with peft" if "adapter_model.bin" in there else ""
                 raise FileNotFoundError(errors.say(f"load_peft({path!r})", f"{name} must be there", f"{there}", hint))
         return local
+    from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
+    absent = (
+        hub.EntryNotFoundError,
+        hub.HFValidationError,
+        hub.LocalEntryNotFoundError,
+        hub.OfflineModeIsEnabled,
+        hub.RepositoryNotFoundError,
+        hub.RevisionNotFoundError,
+    )
     try:
         found = [hf_hub_download(path, name, subfolder=subfolder or None, revision=revision) for name in (CONFIG, WEIGHTS)]
-    except HFValidationError as e:
-        raise FileNotFoundError(errors.say(f"load_peft({path!r})", "an existing directory or a hub id is required", None)) from e
+    except absent as e:
+        reason = f"no such directory, and from the hub {type(e).__name__}: {e}"
+        raise FileNotFoundError(
+            errors.say(f"load_peft({path!r})", "an existing directory or a hub id is required", reason)
+        ) from e
     return Path(found[0]).parent
 
 
@@ -180,20 +191,28 @@ def method_of(config: Mapping[str, Any], where: str = "adapter config") -> Metho
     classes = registered().get(config["peft_type"])
     if not classes:
         raise errors.CheckpointError(
-            errors.say(where, "peft_type must be a registered method", repr(config["peft_type"]), errors.nearest(config["peft_type"], registered()))
+            errors.say(
+                where,
+                "peft_type must be a registered method",
+                repr(config["peft_type"]),
+                errors.nearest(config["peft_type"], registered()),
+            )
         )
-    cls = next((c for c in classes if not _refused(c, config)), classes[0])
+    cls = min(classes, key=lambda c: len(_refused(c, config)))
     refused = _refused(cls, config)
     if refused:
-        text = ", ".join(f"{k}={config[k]!r}" for k in refused)
-        raise errors.CheckpointError(errors.say(where, f"{cls.__name__} must know every field that is not at its default", text))
+        text = ", ".join(f"{k}={config.get(k)!r}" for k in refused)
+        raise errors.CheckpointError(
+            errors.say(where, f"{cls.__name__} must know every field that is not at its default", text)
+        )
     names = {f.name for f in dataclasses.fields(cls)}
     given = {k: v for k, v in config.items() if k in names and not (v is None and _never_none(cls, k))}
-    if isinstance(given.get("modules_to_save"), list):
-        given["modules_to_save"] = list(dict.fromkeys(given["modules_to_save"]))
+    saved = given.get("modules_to_save")
+    if isinstance(saved, list):
+        given["modules_to_save"] = list(dict.fromkeys(saved))  # peft repeats names
     try:
-        return cls(**given)
-    except (TypeError, ValueError) as e:
+        return cls(**{**cls.peft_implied, **given})
+    except (AttributeError, TypeError, ValueError) as e:
         raise errors.CheckpointError(errors.say(where, f"the fields must make a {cls.__name__}", str(e))) from e
 
 
@@ -204,8 +223,16 @@ def _never_none(cls: type[Method], name: str) -> bool:
 def _refused(cls: type[Method], config: Mapping[str, Any]) -> list[str]:
     """Lists the fields of a config that would change the result and for which a method has no field."""
     names = {f.name for f in dataclasses.fields(cls)} | _COMMON
-    wrong = [k for k, v in cls.peft_fixed.items() if k not in _COMMON and k in config and config[k] != v and (config[k] or v)]
-    unknown = [k for k, v in config.items() if k not in names and k not in cls.peft_fixed and v not in (None, False, [], {}, "", "none")]
+    wrong = []
+    for k, v in cls.peft_fixed.items():
+        found = config.get(k, False if v is True else v)  # a switch that is absent is off
+        if k not in _COMMON and found != v and (found or v):
+            wrong.append(k)
+    unknown = [
+        k
+        for k, v in config.items()
+        if k not in names and k not in cls.peft_fixed and v not in (None, False, [], {}, "", "none")
+    ]
     return sorted(wrong + unknown)
 
 
@@ -222,12 +249,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file; raises ``CheckpointError`` if it is corrupt, truncated, or holds NaN."""
     try:
         with safetensors.safe_open(path, framework="pt") as f:
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 # not a dict
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # not a dict
     except (safetensors.SafetensorError, OSError, ValueError) as e:
-        raise errors.CheckpointError(errors.say(str(path), "a whole safetensors file is required", str(e), "it is corrupt or truncated")) from e
+        raise errors.CheckpointError(
+            errors.say(str(path), "a whole safetensors file is required", str(e), "it is corrupt or truncated")
+        ) from e
     broken = [k for k, t in tensors.items() if not all_finite(t.float() if t.is_floating_point() else t)]
     if broken:
-        raise errors.CheckpointError(errors.say(str(path), "every tensor must be finite", f"NaN or infinity in {errors.listed(broken)}"))
+        raise errors.CheckpointError(
+            errors.say(str(path), "every tensor must be finite", f"NaN or infinity in {errors.listed(broken)}")
+        )
     return tensors
 
 
@@ -235,13 +266,15 @@ def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str) ->
     """Returns an adapter of a net whose saved leaves are a file's; what the file does not hold is made as at init."""
     left = {key if key.startswith("base_model.") or not _injected(net) else _ROOT + key: t for key, t in tensors.items()}
     made: list[Adapter] = []
-    missing: list[str] = []
-    for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0)), strict=True):
-        made.append(_fill_entry(net, entry, fresh, left, missing, where))
-    extra = [k for k in left if not _tolerated(net, params, k, left[k], where)]
-    if missing or extra:
-        parts = [f"missing {errors.listed(missing)}"] * bool(missing) + [f"extra {errors.listed(extra)}"] * bool(extra)
-        raise errors.CheckpointError(errors.say(where, "the tensors must be those of the config's sites in this model", "; ".join(parts)))
+    wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": []}
+    for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True)), strict=True):
+        made.append(_fill_entry(net, entry, fresh, left, wrong))
+    wrong["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
+    if any(wrong.values()):
+        parts = [f"{how} {errors.listed(keys)}" for how, keys in wrong.items() if keys]
+        raise errors.CheckpointError(
+            errors.say(where, "the tensors must be those of the config's sites in this model", "; ".join(parts))
+        )
     return made[0] if len(made) == 1 else tuple(made)
 
 
@@ -249,16 +282,18 @@ def _injected(net: Net) -> bool:
     return not any(e.method.wraps for e in net.entries)
 
 
-def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], missing: list[str], where: str) -> Adapter:
+def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], wrong: Mapping[str, list[str]]) -> Adapter:
     found: dict[str, dict[str, Tensor]] = {}
     for file_key, path, key, t in _entry_tensors(net, entry, fresh):
         given = left.pop(file_key, None)
         if given is None:
-            missing.append(file_key)
+            wrong["missing"].append(file_key)
         elif given.shape != t.shape:
-            raise errors.CheckpointError(errors.say(f"{where} at {file_key!r}", f"shape must be {tuple(t.shape)}", tuple(given.shape)))
+            wrong["misshapen"].append(f"{file_key} {tuple(given.shape)}, not {tuple(t.shape)}")
         else:
             found.setdefault(path, {})[key] = given
+    if any(wrong.values()):
+        return fresh
     params, consts = ({p: dict(v) for p, v in tree.items()} for tree in (fresh.params, fresh.consts))
     for path, given in found.items():
         for name, t in _leaves_of(entry, path, given).items():
@@ -285,7 +320,12 @@ def _tolerated(net: Net, params: Params, key: str, tensor: Tensor, where: str) -
     if base in params and isinstance(params[base], Tensor):
         if params[base].shape != tensor.shape or not torch.equal(params[base].to(tensor.dtype), tensor):
             raise errors.CheckpointError(
-                errors.say(f"{where} at {key!r}", "the file's base weight must be this model's", "another one", "load the base that the adapter was trained on")
+                errors.say(
+                    f"{where} at {key!r}",
+                    "the file's base weight must be this model's",
+                    "another one",
+                    "load the base that the adapter was trained on",
+                )
             )
         return True
     owner, _, last = plain.rpartition(".")
@@ -308,7 +348,7 @@ def save_peft(
     Args:
         net: The net that the adapter is for.
         adapter: One adapter; a stacked one must be unstacked first.
-        path: The directory; made if it is not there. Each file is written beside and then renamed.
+        path: The directory; made if it is not there. Both files are written beside their places and then renamed.
         task_type: peft's task type, or ``None``.
         base_model_name_or_path: Where the base comes from, for readers that load it.
 
@@ -320,36 +360,48 @@ def save_peft(
     if task_type is not None and task_type not in _TASKS:
         raise ValueError(errors.one_of("save_peft", "task_type", task_type, _TASKS))
     given = net._matched(adapter)
+    net._require_finite(adapter)
     tensors: dict[str, Tensor] = {}
     for one_entry, one in zip(net.entries, given, strict=True):
-        _refuse_stacked(one)
+        _refuse_stacked(net, one_entry, one)
         for key, _, _, t in _entry_tensors(net, one_entry, one):
-            if not all_finite(t):
-                raise ValueError(errors.say(f"save_peft at {key!r}", "every tensor must be finite", "NaN or infinity"))
             tensors[key] = t.detach().to("cpu").contiguous().clone()
     config = config_of(net, entry, given[net.entries.index(entry)], task_type, base_model_name_or_path)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(errors.say("save_peft", "path must be a directory", f"the file {str(folder)!r}"))
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True)
-    _replace(folder / CONFIG, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    writers = {
+        folder / WEIGHTS: lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
+        folder / CONFIG: lambda temporary: Path(temporary).write_text(text, encoding="utf-8"),
+    }
+    _replace(writers)
 
 
 def _single(net: Net) -> Entry:
     own = [e for e in net.entries if e.role == "method"]
     if len(own) != 1 or not own[0].method.peft_type:
         names = [type(e.method).__name__ for e in own]
-        raise ValueError(errors.say("save_peft", "a net with one method that peft has is required", f"{names}", "save each method's adapter by itself, or merge"))
+        raise ValueError(
+            errors.say(
+                "save_peft",
+                "a net with one method that peft has is required",
+                f"{names}",
+                "save each method's adapter by itself, or merge",
+            )
+        )
     return own[0]
 
 
-def _refuse_stacked(adapter: Adapter) -> None:
-    for path, leaves in adapter.consts.items():
-        for name in ("scaling", "rank"):
-            if name in leaves and leaves[name].ndim:
-                raise ValueError(errors.say(f"save_peft at {path!r}", "one adapter is required", f"a stack of {len(leaves[name])}", "save each of unstack(adapter)"))
+def _refuse_stacked(net: Net, entry: Entry, adapter: Adapter) -> None:
+    fresh = shapes_of(net, entry)
+    for path in {**fresh.params, **fresh.consts}:
+        given = adapter.leaves(path)
+        for name, t in fresh.leaves(path).items():
+            if name in given and given[name].ndim > t.ndim:
+                where, found = f"save_peft at {path!r}", f"a stack of {len(given[name])}"
+                raise ValueError(errors.say(where, "one adapter is required", found, "save each of unstack(adapter)"))
 
 
 def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, name: str | None) -> dict[str, Any]:
@@ -357,8 +409,12 @@ def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, n
     method = entry.method
     config = method.to_peft_config({p: adapter.leaves(p) for p in (*entry.sites, "")})
     if method.wraps:
-        config |= method.resolved(ModelFacts(net.model, {}))  # type: ignore[attr-defined]
-        config = {k: v for k, v in config.items() if k not in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")}
+        config |= method.peft_resolved(ModelFacts(net.model, {}))  # type: ignore[attr-defined]
+        config = {
+            k: v
+            for k, v in config.items()
+            if k not in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        }
     else:
         config["target_modules"] = _targets(method, entry)
     task = task_type or config.get("task_type")
@@ -383,17 +439,24 @@ def _targets(method: Method, entry: Entry) -> Any:
         return list(rule)
     if getattr(method, "target_parameters", None):
         return []
-    return sorted({s.path for s in entry.sites.values()} if not method.takes_any else {s.weight.rpartition(".")[0] for s in entry.sites.values()})
+    return sorted(
+        {s.path for s in entry.sites.values()}
+        if not method.takes_any
+        else {s.weight.rpartition(".")[0] for s in entry.sites.values()}
+    )
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file beside its place, then renames it there, so that a failure leaves the old one whole."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+def _replace(writers: Mapping[Path, Callable[[str], Any]]) -> None:
+    """Writes every file beside its place, then renames them all, so that a failing write leaves the old ones whole."""
+    written: dict[Path, str] = {}
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        for path, write in writers.items():
+            descriptor, written[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            os.close(descriptor)
+            write(written[path])
+            os.chmod(written[path], 0o644)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in written.values():
+            Path(temporary).unlink(missing_ok=True)

@@ -112,6 +112,15 @@ class LoHa(Additive):
         self.require(0 <= self.module_dropout <= 1, "module_dropout", "in [0, 1]", self.module_dropout)
         self.require(isinstance(self.init_weights, bool), "init_weights", "True or False", self.init_weights)
 
+    @classmethod
+    def examples(cls) -> tuple[LoHa, ...]:
+        """Returns the plain and the effective form, and ranks by pattern."""
+        return (
+            cls(r=2, alpha=3, rank_dropout=0.25, module_dropout=0.25),
+            cls(r=2, use_effective_conv2d=True),
+            cls(r=1, rank_pattern={"second": 3}, alpha_pattern={"first": 5}),
+        )
+
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         r = by_pattern(self.rank_pattern, base.path, self.r)
         scaling = by_pattern(self.alpha_pattern, base.path, self.alpha) / r

@@ -11,8 +11,8 @@ The scaling is alpha / r even where no factor has rank r. A full W_2 of a one-di
 another order, as it does in peft, whose files it must read. peft keeps the ``w2a`` of a Tucker product transposed.
 
 References:
-    Yeh et al., Navigating Text-To-Image Customization (LyCORIS), 2023, arXiv 2309.14859, section 3.2.
-    Edalati et al., KronA, 2022, arXiv 2212.10650, eq. (4).
+    Yeh et al., Navigating Text-To-Image Customization (LyCORIS), 2023, arXiv 2309.14859.
+    Edalati et al., KronA, 2022, arXiv 2212.10650.
 """
 
 from __future__ import annotations
@@ -110,6 +110,16 @@ class LoKr(Additive):
         self.require(isinstance(factor, int) and (factor == -1 or factor > 0), "decompose_factor", "-1 or positive", factor)
         if self.init_weights not in _INITS:
             raise ValueError(errors.one_of(self.label, "init_weights", self.init_weights, _INITS))
+
+    @classmethod
+    def examples(cls) -> tuple[LoKr, ...]:
+        """Returns full and decomposed factors, the effective form and ranks by pattern."""
+        return (
+            cls(r=8, alpha=3, rank_dropout=0.25, rank_dropout_scale=True),
+            cls(r=1, decompose_both=True, decompose_factor=4),
+            cls(r=1, use_effective_conv2d=True, init_weights="lycoris"),
+            cls(r=1, rank_pattern={"second": 2}, alpha_pattern={"first": 5}, module_dropout=0.25),
+        )
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         r = by_pattern(self.rank_pattern, base.path, self.r)

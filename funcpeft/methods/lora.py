@@ -141,18 +141,34 @@ class LoRA(Additive):
     def check_site(self, base: Base) -> None:
         r, (out, in_) = self.rank(base.path), base.shape[-2:]
         kind = base.kind.name
-        self.require_at(base.kind.groups == 1, base, "a grouped convolution has no merged form: groups must be 1", base.kind.groups, "leave the site out")
+        self.require_at(
+            base.kind.groups == 1,
+            base,
+            "a grouped convolution has no merged form: groups must be 1",
+            base.kind.groups,
+            "leave the site out",
+        )
         if self.init_lora_weights == "orthogonal":
             self.require_at(r % 2 == 0, base, "init 'orthogonal' needs an even rank", r)
         if self.init_lora_weights in ("pissa", "olora", "orthogonal"):
-            self.require_at(kind in ("linear", "transposed"), base, f"init {self.init_lora_weights!r} takes linear layers", kind, "use init_lora_weights=True")
+            self.require_at(
+                kind in ("linear", "transposed"),
+                base,
+                f"init {self.init_lora_weights!r} takes linear layers",
+                kind,
+                "use init_lora_weights=True",
+            )
         if self.init_lora_weights in ("pissa", "olora"):
             self.require_at(r <= min(out, in_), base, f"rank must be at most min(out, in) = {min(out, in_)}", r)
         if self.lora_bias:
             self.require_at(kind in ("linear", "transposed", "conv"), base, "lora_bias takes layers with a bias", kind)
-            self.require_at(base.site.bias is not None, base, "lora_bias needs a layer that has a bias", None, "leave the site out")
+            self.require_at(
+                base.site.bias is not None, base, "lora_bias needs a layer that has a bias", None, "leave the site out"
+            )
         if not base.met or base.takes_ids:
-            self.require_at(not self.lora_dropout, base, "lora_dropout must be 0 where no float input meets the weight", self.lora_dropout)
+            self.require_at(
+                not self.lora_dropout, base, "lora_dropout must be 0 where no float input meets the weight", self.lora_dropout
+            )
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         r, s = self.rank(base.path), self.scaling(base.path)

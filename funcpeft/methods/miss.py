@@ -12,7 +12,7 @@ Differences from peft 0.21: there "bat" ignores ``miss_dropout``, here the updat
 
 References:
     Kang and Yin, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure (first titled Bone),
-    2024, arXiv 2409.15371, section 3.
+    2024, arXiv 2409.15371.
 """
 
 from __future__ import annotations
@@ -68,9 +68,17 @@ class MiSS(Method):
         self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
         self.require(isinstance(self.mini_r, int) and self.mini_r > 0, "mini_r", "a positive integer", self.mini_r)
         self.require(0 <= self.miss_dropout < 1, "miss_dropout", "in [0, 1)", self.miss_dropout)
+        adds = self.init_weights != "bat"  # facts of the variant: two add a matrix, "bat" multiplies the weight
+        object.__setattr__(self, "additive", adds)
+        object.__setattr__(self, "weight_free", adds)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
         if self.init_weights not in _INITS:
             raise ValueError(errors.one_of(self.label, "init_weights", self.init_weights, _INITS))
+
+    @classmethod
+    def examples(cls) -> tuple[MiSS, ...]:
+        """Returns the three variants."""
+        return cls(r=2, miss_dropout=0.25), cls(r=2, init_weights="bat"), cls(r=3, mini_r=2, init_weights="mini")
 
     def check_site(self, base: Base) -> None:
         out, in_ = base.shape

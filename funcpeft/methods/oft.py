@@ -16,7 +16,7 @@ there ``module_dropout`` does nothing, here it works as documented; there a conv
 computes something else than what it merges, here both are the merged weight, of any kernel and dilation.
 
 References:
-    Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, 2023, arXiv 2306.07280, eqs. (3) to (5).
+    Qiu et al., Controlling Text-to-Image Diffusion by Orthogonal Finetuning, 2023, arXiv 2306.07280.
     Qiu et al., Orthogonal Finetuning Made Scalable, 2025, arXiv 2506.19847: input side and truncated series.
 """
 
@@ -139,6 +139,17 @@ class OFT(Method):
         self.require(isinstance(self.init_weights, bool), "init_weights", "True or False", self.init_weights)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
 
+    @classmethod
+    def examples(cls) -> tuple[OFT, ...]:
+        """Returns the series and the exact rotation, one shared block, blocks by number, and the constrained form."""
+        return (
+            cls(oft_block_size=2, module_dropout=0.25),
+            cls(oft_block_size=3, use_cayley_neumann=False),
+            cls(oft_block_size=4, block_share=True, num_cayley_neumann_terms=3),
+            cls(oft_block_size=0, r=2, use_cayley_neumann=False),
+            cls(oft_block_size=2, coft=True, eps=0.1, use_cayley_neumann=False),
+        )
+
     def block_size(self, base: Base) -> int:
         """Returns the size of a block at a site."""
         dim = _turned(base)
@@ -152,6 +163,8 @@ class OFT(Method):
         fits = self.nearest_divisor or dim % value == 0
         remedy = f"use a divisor ({errors.divisors(dim)}) or leave the site out of target_modules"
         self.require_at(fits, base, f"{name} must divide the {dim} features that are rotated", value, remedy)
+        size = self.block_size(base)
+        self.require_at(size > 1 or self.nearest_divisor, base, "a block must have at least 2 features to rotate", size)
         groups = base.kind.groups
         self.require_at(groups == 1, base, "a rotation mixes features: groups must be 1", groups, "leave the site out")
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.method import Method
-from funcpeft.methods.prompttuning import check_shared_fields, check_task, continued, extended, submodules, task_of
+from funcpeft.methods.prompttuning import check_shared_fields, check_sizes, check_task, continued, extended, submodules, task_of
 from funcpeft.tree import Adapter, Leaves
 from funcpeft.weights import Base
 
@@ -72,7 +72,7 @@ def prefixed(layers: list[tuple[Tensor, Tensor]], call: Call, kind: str, facts: 
     n, decoder = layers[0][0].shape[-2], facts.encoder_decoder
 
     def cache(rows: int, given: Any) -> Any:
-        if facts.virtual(given):
+        if facts.virtual(given) and not facts.held(given):
             raise ValueError(errors.say(where, "a call takes one prefix", "a second", "leave one of the methods out"))
         return facts.cache([(_rows(k, rows, facts.dtype), _rows(v, rows, facts.dtype)) for k, v in layers])
 
@@ -88,7 +88,7 @@ def prefixed(layers: list[tuple[Tensor, Tensor]], call: Call, kind: str, facts: 
     def generate(**inputs: Any) -> Any:
         def step(given: dict[str, Any]) -> dict[str, Any]:
             out, before = longer(given), given.get("past_key_values")
-            if facts.held(before):
+            if facts.held(before) and given.get("use_cache", True):  # without, every step starts from the prefix again
                 return continued(out, n)
             return {**out, "past_key_values": cache(given["input_ids"].shape[0], before)}
 
@@ -120,6 +120,9 @@ class PrefixTuning(Method):
         num_virtual_tokens: Number nv of virtual tokens; must be given.
         task_type: One of peft's task types; by default the one that the model's class is made for.
         num_transformer_submodules: By default 2 for sequence to sequence, else 1; see the module's text.
+        token_dim: Heads times head width, which peft writes into its files; must be the model's where given.
+        num_layers: Number of layers, likewise.
+        num_attention_heads: Number of key heads, likewise.
         encoder_hidden_size: Width h of the projection's hidden layer; by default heads times head width.
         prefix_projection: Whether the table comes from a small embedding through a network.
         init_weights: ``"zero"`` starts with a table of zeros; by default N(0, 1), and torch's defaults for the network.
@@ -128,6 +131,9 @@ class PrefixTuning(Method):
     num_virtual_tokens: int | None = None
     task_type: str | None = None
     num_transformer_submodules: int | None = None
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
     init_weights: str | None = None
@@ -138,6 +144,9 @@ class PrefixTuning(Method):
     leaf_names: ClassVar[tuple[str, ...]] = ("T", "e", "W1", "b1", "W2", "b2")
     weight_free: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = False
+    waived: ClassVar[dict[str, str]] = {
+        "round_trip": "under prefix_projection a file holds the table, not the network that it comes from"
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,12 +167,22 @@ class PrefixTuning(Method):
             rule = f"the decoder may have at most the encoder's {facts.num_layers} layers"
             raise ValueError(errors.say(self.label, rule, facts.decoder_layers, "use PromptTuning"))
 
-    def init(self, sites: Any, *, seed: int | rng.Stream, facts: Any = None, **needs: Any) -> Adapter:
-        """Makes the table, or the leaves of its projection."""
-        gen, nv, dim = rng.generator(seed, ""), self.num_virtual_tokens, facts.kv_heads * facts.head_dim
+        heads, width = facts.kv_heads, facts.head_dim
+        check_sizes(self, {"token_dim": heads * width, "num_layers": facts.num_layers, "num_attention_heads": heads})
+
+    def init(self, sites: Any, *, seed: int | rng.Stream, **needs: Any) -> Adapter:
+        """Makes the table, or the leaves of its projection.
+
+        Args:
+            sites: None; the method acts on the call.
+            seed: Determines the draw.
+            needs: ``facts`` of the model; with ``inference_mode`` there is no projection, as a file holds the table.
+        """
+        facts, gen, nv = needs["facts"], rng.generator(seed, ""), self.num_virtual_tokens
         assert nv is not None
-        width, zero = 2 * facts.num_layers * dim, self.init_weights == "zero"
-        if not self.prefix_projection:
+        dim, zero = facts.kv_heads * facts.head_dim, self.init_weights == "zero"
+        width = 2 * facts.num_layers * dim
+        if not self.prefix_projection or needs.get("inference_mode", False):
             t = rng.normal((nv, width), gen)
             return Adapter({"": {"T": torch.zeros_like(t) if zero else t}})
         h = self.encoder_hidden_size or dim

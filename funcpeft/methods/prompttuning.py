@@ -66,6 +66,13 @@ def check_task(method: Method, task: str, facts: Any) -> None:
     method.require(fits, "task_type", f"{rule} for {facts.name}", task)
 
 
+def check_sizes(method: Method, sizes: Mapping[str, int]) -> None:
+    """Raises ``ValueError`` if a size that a field names is not the model's."""
+    for field, size in sizes.items():
+        value = getattr(method, field)
+        method.require(value in (None, size), field, f"None or the model's, {size}", value)
+
+
 def check_shared_fields(method: Method, tokens: object, task: object, number: object) -> None:
     """Raises ``ValueError`` if a field that all methods of the call have is not valid."""
     method.require(isinstance(tokens, int) and tokens > 0, "num_virtual_tokens", "a positive integer", tokens)
@@ -150,13 +157,15 @@ def prepended(prompt: Tensor, call: Call, kind: str, facts: Any, task: str, wher
         numbered = inputs.get("position_ids") is not None
 
         def step(given: dict[str, Any]) -> dict[str, Any]:
-            cache, ids = given.get("past_key_values"), given["input_ids"]
+            ids, cache = given["input_ids"], given.get("past_key_values") if given.get("use_cache", True) else None
             given = given if numbered else {**given, "position_ids": None}
             if facts.held(cache):
                 return continued(extended(given, n, where, task="", as_input=False), n)
             out = {**embedded(given), "input_ids": ids, "past_key_values": facts.roomy(cache)}
             return {**out, "is_first_iteration": True, "next_sequence_length": None}
 
+        if not facts.takes_cache:  # a recurrent state does not tell a first step from a later one
+            inputs = {**inputs, "use_cache": False}
         return call(**{**inputs, "steps": (*inputs.get("steps", ()), step)})
 
     return generate if kind == "generate" and not facts.encoder_decoder else forward
@@ -179,6 +188,9 @@ class PromptTuning(Method):
         num_virtual_tokens: Number nv of virtual tokens; must be given.
         task_type: One of peft's task types; by default the one that the model's class is made for.
         num_transformer_submodules: S; by default 2 for sequence to sequence, else 1.
+        token_dim: Width of the embedding, which peft writes into its files; must be the model's where given.
+        num_layers: Number of layers, likewise.
+        num_attention_heads: Number of heads, likewise.
         prompt_tuning_init: Rows start as N(0, 1) draws (``"RANDOM"``), as the embeddings of random ids
             (``"SAMPLE_VOCAB"``), or as those of a text's ids, repeated or cut to fit (``"TEXT"``).
         prompt_tuning_init_text: The text; its tokenizer is given as ``net.init(..., tokenizer=...)``, or by name.
@@ -189,6 +201,9 @@ class PromptTuning(Method):
     num_virtual_tokens: int | None = None
     task_type: str | None = None
     num_transformer_submodules: int | None = None
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
     prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
@@ -200,6 +215,7 @@ class PromptTuning(Method):
     leaf_names: ClassVar[tuple[str, ...]] = ("P",)
     weight_free: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = False
+    waived: ClassVar[dict[str, str]] = {"kind": "the output has one position more per virtual token"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,18 +237,28 @@ class PromptTuning(Method):
         check_task(self, task_of(self.task_type, facts), facts)
         if not facts.takes_embeds:
             raise ValueError(errors.say(self.label, f"the forward of {facts.name} must take inputs_embeds"))
+        check_sizes(self, {"token_dim": facts.token_dim})
 
     def rows(self, facts: Any) -> int:
         """Returns the number S * nv of rows."""
         assert self.num_virtual_tokens is not None
         return self.num_virtual_tokens * submodules(self.num_transformer_submodules, task_of(self.task_type, facts))
 
-    def init(self, sites: Any, *, seed: int | rng.Stream, facts: Any = None, tokenizer: Any = None, **needs: Any) -> Adapter:
-        """Makes the prompt; ``tokenizer`` is called on the text of init ``"TEXT"`` and gives ``input_ids``."""
-        gen, count = rng.generator(seed, ""), self.rows(facts)
+    def init(self, sites: Any, *, seed: int | rng.Stream, **needs: Any) -> Adapter:
+        """Makes the prompt.
+
+        Args:
+            sites: None; the method acts on the call.
+            seed: Determines the draw.
+            needs: ``facts`` of the model; ``tokenizer``, called on the text of init ``"TEXT"``, gives ``input_ids``;
+                with ``inference_mode`` nothing is read from text or vocabulary, as a file's rows replace them.
+        """
+        facts, gen = needs["facts"], rng.generator(seed, "")
+        count = self.rows(facts)
         p = rng.normal((count, facts.token_dim), gen)  # peft draws it whatever the init
-        if self.prompt_tuning_init != "RANDOM" and facts.device.type != "meta":
-            ids = self._ids(count, facts, gen, tokenizer).to(facts.device)
+        replaced = needs.get("inference_mode", False) or facts.device.type == "meta"
+        if self.prompt_tuning_init != "RANDOM" and not replaced:
+            ids = self._ids(count, facts, gen, needs.get("tokenizer")).to(facts.device)
             p = facts.embed(ids).to(torch.float32).clone()
         return Adapter({"": {"P": p}})
 
@@ -242,7 +268,7 @@ class PromptTuning(Method):
         if tokenizer is None:
             name = self.tokenizer_name_or_path
             self.require(
-                name is not None, "tokenizer_name_or_path", "given, or tokenizer= passed to net.init, with init 'TEXT'", None
+                name is not None, "tokenizer_name_or_path", "given with init 'TEXT'", None, "or pass tokenizer= to net.init"
             )
             tokenizer = facts.tokenizer(name, **(self.tokenizer_kwargs or FrozenDict()))
         ids = tokenizer(self.prompt_tuning_init_text)["input_ids"]

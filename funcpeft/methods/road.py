@@ -10,7 +10,7 @@ has its own) or 2 out (``road_4``: c and s have their own too). The bias is rota
 
 References:
     Liao and Monz, 3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, 2024,
-    arXiv 2409.00119, eqs. (1) to (3).
+    arXiv 2409.00119.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class RoAd(Method):
         size = self.group_size
         self.require(isinstance(size, int) and size > 0 and size % 2 == 0, "group_size", "a positive even integer", size)
         self.require(isinstance(self.init_weights, bool), "init_weights", "True or False", self.init_weights)
+
+    @classmethod
+    def examples(cls) -> tuple[RoAd, ...]:
+        """Returns the three variants."""
+        return cls(group_size=2), cls(group_size=4, variant="road_2"), cls(group_size=2, variant="road_4")
 
     def check_site(self, base: Base) -> None:
         out, size = base.shape[0], self.group_size

@@ -7,7 +7,7 @@ w (K): trained values, K = r (in + out), as many as LoRA of that rank has; (i_k,
 shape and adapters of all seeds share them, as in peft.
 
 References:
-    Bhardwaj et al., Sparse High Rank Adapters, 2024, arXiv 2406.13175, section 3.
+    Bhardwaj et al., Sparse High Rank Adapters, 2024, arXiv 2406.13175.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ class SHiRA(Additive):
         seed = self.random_seed
         self.require(seed is None or isinstance(seed, int), "random_seed", "an integer or None", seed)
 
+    @classmethod
+    def examples(cls) -> tuple[SHiRA, ...]:
+        """Returns one with torch's default mask seed and one with a seed of its own."""
+        return cls(r=1), cls(r=2, random_seed=3)
+
     def count(self, base: Base) -> int:
         """Counts the entries that are trained at a site."""
         return self.r * sum(base.shape)
@@ -84,7 +89,9 @@ class SHiRA(Additive):
         """Makes the leaves; ``masks`` among the needs are boolean ``(out, in)`` by path, and win over ``random_seed``."""
         masks: Mapping[str, Tensor] = needs.pop("masks", {})
         for path in masks.keys() - sites.keys():
-            raise KeyError(errors.say(self.label, "masks must be of sites", repr(path), errors.nearest(path, sites)))
+            raise errors.NameMissingError(
+                errors.say(self.label, "masks must be of sites", repr(path), errors.nearest(path, sites))
+            )
         made = super().init(sites, seed=seed, **needs)
         given = {path: {"indices": self._positions(sites[path], mask)} for path, mask in masks.items()}
         return made.replace(consts={**made.consts, **given})

@@ -47,7 +47,12 @@ class TrainableTokens(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids = self.token_indices
-        self.require(bool(ids) and all(isinstance(i, int) and i >= 0 for i in ids), "token_indices", "non-negative ids, at least one", ids)
+        self.require(
+            bool(ids) and all(isinstance(i, int) and i >= 0 for i in ids),
+            "token_indices",
+            "non-negative ids, at least one",
+            ids,
+        )
         self.require(len(set(ids)) == len(ids), "token_indices", "without repetition", ids)
 
     @classmethod
@@ -57,7 +62,9 @@ class TrainableTokens(Method):
     def check_site(self, base: Base) -> None:
         rows = base.shape[-1] if base.takes_ids else base.shape[-2]
         if max(self.token_indices) >= rows:
-            raise IndexError(errors.say(f"{self.label} at {base.path!r}", f"token_indices must be below {rows}", max(self.token_indices)))
+            raise IndexError(
+                errors.say(f"{self.label} at {base.path!r}", f"token_indices must be below {rows}", max(self.token_indices))
+            )
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         ids = torch.tensor(self.token_indices, device=base.device)

@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,19 +46,21 @@ class NF4(Format):
         flat = weight.reshape(-1)
         blocks = F.pad(flat, (0, -flat.numel() % self.block_size)).reshape(-1, self.block_size)
         scale = blocks.abs().amax(1)
-        levels = torch.tensor(LEVELS, device=weight.device)
+        levels = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
         unit = torch.where(scale[:, None] > 0, blocks / torch.where(scale > 0, scale, 1)[:, None], 0)
         codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).reshape(-1).to(torch.uint8)
-        return {"qdata": (codes[0::2] << 4) | codes[1::2], "scale": scale}
+        packed = (codes[0::2] << 4) | codes[1::2]
+        return {"qdata": packed[: (flat.numel() + 1) // 2].clone(), "scale": scale}  # the padding is not kept
 
     def decode(self, quantized: Quantized) -> Tensor:
-        packed = quantized.data["qdata"]
-        codes = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1, self.block_size)
-        levels = torch.tensor(LEVELS, device=packed.device)
+        packed, blocks = quantized.data["qdata"], quantized.data["scale"].shape[0]
+        codes = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1)
+        codes = F.pad(codes, (0, blocks * self.block_size - codes.shape[0])).reshape(blocks, self.block_size)
+        levels = torch.tensor(LEVELS, dtype=torch.float32, device=packed.device)
         values = levels[codes.to(torch.int64)] * quantized.data["scale"][:, None]
         return values.reshape(-1)[: quantized.shape.numel()].reshape(quantized.shape)
 
     def step(self, quantized: Quantized) -> Tensor:
-        widest = max(b - a for a, b in zip(LEVELS[:-1], LEVELS[1:], strict=True)) / 2
+        widest = max(b - a for a, b in itertools.pairwise(LEVELS)) / 2
         steps = (quantized.data["scale"] * widest).repeat_interleave(self.block_size)
         return steps[: quantized.shape.numel()].reshape(quantized.shape)

@@ -6,10 +6,11 @@ something readable and prints whole. Imports adapt and below.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class Case:
 
     def module(self) -> nn.Module:
         """Makes the module, its parameters drawn from the seed."""
-        module = _tiny_llama() if self.kind == "call" else Pair(self._layer)
+        module = _tiny_model() if self.kind == "call" else Pair(self._layer)
         with torch.no_grad():
             for name, p in module.named_parameters():
                 width = math.sqrt(max(1, p[0].numel() if p.ndim > 1 else 1))
@@ -121,8 +122,13 @@ class Case:
         if self.kind == "call":
             return self.method
         if self.kind == "raw":
-            return replace(self.method, target_modules=(), target_parameters=tuple(f"{n}.experts" for n in names))  # type: ignore[call-arg]
-        return replace(self.method, target_modules=names)
+            return replace(self.method, target_modules=(), target_parameters=tuple(f"{n}.experts" for n in names))
+        kept = {  # patterns may only name sites that there are
+            f.name: {k: v for k, v in getattr(self.method, f.name).items() if k in names}
+            for f in fields(self.method)
+            if f.name.endswith("_pattern")
+        }
+        return replace(self.method, target_modules=names, **kept)
 
     def base(self) -> tuple[Model, Params]:
         """Returns the model and its params."""
@@ -143,19 +149,19 @@ class Case:
 
 
 @functools.cache
-def _llama_config() -> Any:
-    from transformers import LlamaConfig
+def _tiny_config() -> Any:
+    from transformers import GPT2Config
 
-    return LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
-        max_position_embeddings=64, attn_implementation="eager",
-    )  # fmt: skip
+    config = GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=64, vocab_size=32)
+    config._attn_implementation = "eager"  # fused attention has no vmap rule in torch 2.13
+    return config
 
 
-def _tiny_llama() -> nn.Module:
-    from transformers import LlamaForCausalLM
+def _tiny_model() -> nn.Module:
+    """Makes a GPT-2, which computes in its weights' dtype throughout (a Llama takes norms and softmax in float32)."""
+    from transformers import GPT2LMHeadModel
 
-    return LlamaForCausalLM(_llama_config())
+    return GPT2LMHeadModel(copy.deepcopy(_tiny_config()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +197,9 @@ class Built:
     def tolerance(self, *params: Params, dtype: torch.dtype | None = None) -> float:
         """Computes the tolerance of a product: a constant times eps, sqrt(fan-in) and the sizes of weights and inputs."""
         dtype = dtype or self.case.dtype
-        sizes = [_row_norm(v) for p in (self.params, *params) for v in p.values() if isinstance(v, Tensor) and v.is_floating_point()]
+        sizes = [
+            _row_norm(v) for p in (self.params, *params) for v in p.values() if isinstance(v, Tensor) and v.is_floating_point()
+        ]
         x = float(self.x.abs().max()) if self.x.is_floating_point() else 1.0
         fan_in = max((int(v[0].numel()) for v in self.params.values() if v.ndim > 1), default=1)
         depth = 50.0 if self.case.kind == "call" else 1.0
@@ -214,7 +222,10 @@ def perturbed(adapter: Adapters, seed: int, scale: float) -> Any:
     def move(i: int, a: Adapter) -> Adapter:
         return a.replace(
             params={
-                p: {n: t + scale * rng.randn(tuple(t.shape), rng.generator(seed, f"{i}/{p}/{n}")).to(t.dtype) for n, t in v.items()}
+                p: {
+                    n: t + scale * rng.randn(tuple(t.shape), rng.generator(seed, f"{i}/{p}/{n}")).to(t.dtype)
+                    for n, t in v.items()
+                }
                 for p, v in a.params.items()
             }
         )

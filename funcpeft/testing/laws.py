@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -158,20 +159,24 @@ def vmap(case: Case) -> None:
         for i, member in enumerate(members):
             alone, _ = b.net.merge(b.params, member)
             for key in alone:
-                assert close(merged[key][i], alone[key], tolerance * _size((alone[key],))), f"vmap: merged {key} differs, at {case}"
+                assert close(merged[key][i], alone[key], tolerance * _size((alone[key],))), (
+                    f"vmap: merged {key} differs, at {case}"
+                )
     grads = torch.func.vmap(lambda a: _grad(b, a))(many)
     for i, member in enumerate(members):
         alone = _grad(b, member)
         for g, w in zip(pytree.tree_leaves(grads), pytree.tree_leaves(alone), strict=True):
             allowed = tolerance * 100 * (_size((w,)) + _size(b.out(member)) ** 2)
-            assert close(g[i], w, allowed), f"vmap: a gradient differs by {distance(g[i], w):.3g}, allowed {allowed:.3g}, at {case}"
+            assert close(g[i], w, allowed), (
+                f"vmap: a gradient differs by {distance(g[i], w):.3g}, allowed {allowed:.3g}, at {case}"
+            )
 
 
 def _size(tensors: tuple[Tensor, ...]) -> float:
     return 1 + max((float(t.detach().double().abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
-def _grad(b: Built, adapter: Adapter, **kwargs: object) -> object:
+def _grad(b: Built, adapter: Adapter, **kwargs: Any) -> Any:
     return torch.func.grad(lambda p: loss(b.out(adapter.replace(params=p), **kwargs)))(adapter.params)
 
 
@@ -181,7 +186,10 @@ def grad(case: Case) -> None:
     for adapter, must_reach in ((b.adapter(), False), (b.fresh(), True)):
         leaves = pytree.tree_leaves(_grad(b, adapter))
         assert all(bool(torch.isfinite(t).all()) for t in leaves), f"grad: not finite, at {case}"
-        assert not must_reach or not leaves or any(bool((t != 0).any()) for t in leaves), f"grad: reaches no leaf at init, at {case}"
+        leaves = [t for t in leaves if t.numel()]
+        assert not must_reach or not leaves or any(bool((t != 0).any()) for t in leaves), (
+            f"grad: reaches no leaf at init, at {case}"
+        )
 
 
 def derivative(case: Case) -> None:
@@ -214,7 +222,10 @@ def compiled(case: Case) -> None:
 
 
 def round_trip(case: Case) -> None:
-    """Config to JSON and back is the identity, and so is an adapter saved to a file and loaded, bit for bit."""
+    """Config to JSON and back is the identity, and so is an adapter saved to a file and loaded, bit for bit.
+
+    Where the file holds a function of the leaves (an evaluated projection), the outputs are equal bit for bit.
+    """
     b = case.built()
     method = b.net.methods[0]
     data = json.loads(json.dumps(method.to_dict()))
@@ -228,7 +239,8 @@ def round_trip(case: Case) -> None:
         net, back = load_peft(b.model, b.params, folder)
     for got, want in zip(outputs(net(b.params, back, b.x, **b.options())), b.out(adapter), strict=True):
         assert torch.equal(got, want), f"round trip: the output changed by {distance(got, want):.3g}, at {case}"
-    assert same_bits(back.params, adapter.params), f"round trip: the leaves changed, at {case}"
+    if {p: set(v) for p, v in back.params.items()} == {p: set(v) for p, v in adapter.params.items()}:
+        assert same_bits(back.params, adapter.params), f"round trip: the leaves changed, at {case}"
 
 
 def add(case: Case) -> None:

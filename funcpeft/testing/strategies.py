@@ -15,7 +15,14 @@ from funcpeft.testing.cases import Case
 SIZES = (1, 2, 3, 4, 6, 8, 12)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 #: Dims, kernel, stride, padding, dilation, groups: 1x1, plain, strided, dilated, grouped; one and two dims.
-GEOMETRIES = ((2, 1, 1, 0, 1, 1), (2, 3, 1, 1, 1, 1), (1, 3, 2, 1, 1, 1), (2, 2, 1, 1, 2, 1), (2, 3, 2, 1, 1, 2), (3, 2, 1, 1, 1, 1))
+GEOMETRIES = (
+    (2, 1, 1, 0, 1, 1),
+    (2, 3, 1, 1, 1, 1),
+    (1, 3, 2, 1, 1, 1),
+    (2, 2, 1, 1, 2, 1),
+    (2, 3, 2, 1, 1, 2),
+    (3, 2, 1, 1, 1, 1),
+)
 
 
 @functools.lru_cache(maxsize=4096)
