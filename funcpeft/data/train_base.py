@@ -181,7 +181,7 @@ def save(model: nn.Module, out: Path) -> None:
     state = {name: t.detach().half() for name, t in model.named_parameters()}
     out.mkdir(parents=True, exist_ok=True)
     _replace(out / "model.safetensors", safetensors.torch.save(state, {"format": "pt"}))
-    _replace(out / "config.json", config.to_json_string(use_diff=False).encode())
+    _replace(out / "config.json", config.to_json_string().encode())
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -34,6 +34,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"
 _ROOT = "base_model.model."
 _TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_HEADED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _HEADS = ("classifier", "score", "qa_outputs")  # peft adds these to modules_to_save whether or not the model has them
 _COMMON = {
     "peft_type",
@@ -81,10 +82,12 @@ def _entry_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[s
         for key, t in entry.method.to_peft(None, adapter.leaves("")).items():
             yield key, "", key, t
         return
+    prefixes = file_prefixes(net, entry)
+    root = _ROOT if _injected(net) else "base_model."  # beside a prompt, modules_to_save stand one level higher
     for path, site in entry.sites.items():
-        prefix = file_prefixes(net, entry)[path]
+        prefix = prefixes[path]
         for key, t in entry.method.to_peft(Base(site, _meta(site)), adapter.leaves(path)).items():
-            yield _ROOT + prefix + key, path, key, t
+            yield root + prefix + key, path, key, t
     for name, key in _shared_keys(entry.method).items():
         for scope in {*adapter.params, *adapter.consts} - entry.sites.keys():
             if name in adapter.leaves(scope):
@@ -238,7 +241,7 @@ def _refused(cls: type[Method], config: Mapping[str, Any]) -> list[str]:
 
 def _without_absent_heads(model: Model, method: Method, config: Mapping[str, Any]) -> Method:
     """Drops the head names that peft adds for a task and that this model does not have."""
-    if not method.modules_to_save or config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+    if not method.modules_to_save or config.get("task_type") not in _HEADED:
         return method
     paths = [p for p, _ in model.modules()]
     kept = [n for n in method.modules_to_save if n not in _HEADS or any(p == n or p.endswith(f".{n}") for p in paths)]
@@ -357,6 +360,7 @@ def save_peft(
             leaf is not finite.
     """
     entry = _single(net)
+    _require_heads(net, entry, task_type)
     if task_type is not None and task_type not in _TASKS:
         raise ValueError(errors.one_of("save_peft", "task_type", task_type, _TASKS))
     given = net._matched(adapter)
@@ -377,6 +381,16 @@ def save_peft(
         folder / CONFIG: lambda temporary: Path(temporary).write_text(text, encoding="utf-8"),
     }
     _replace(writers)
+
+
+def _require_heads(net: Net, entry: Entry, task_type: str | None) -> None:
+    """Raises ``ValueError`` where peft would look for a trained head of the task that this net does not train."""
+    task = task_type or getattr(entry.method, "task_type", None)
+    saved = entry.method.modules_to_save or ()
+    for name, _ in net.model.modules() if task in _HEADED else ():
+        if name in _HEADED[task] and name not in saved:
+            rule = f"peft's {task} files hold the head {name!r}, so it must be in modules_to_save"
+            raise ValueError(errors.say("save_peft", rule, list(saved), "add it, or save with task_type='FEATURE_EXTRACTION'"))
 
 
 def _single(net: Net) -> Entry:

@@ -144,9 +144,6 @@ class PrefixTuning(Method):
     leaf_names: ClassVar[tuple[str, ...]] = ("T", "e", "W1", "b1", "W2", "b2")
     weight_free: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = False
-    waived: ClassVar[dict[str, str]] = {
-        "round_trip": "under prefix_projection a file holds the table, not the network that it comes from"
-    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

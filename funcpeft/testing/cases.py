@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from funcpeft import rng
 from funcpeft.adapt import Net, adapt
 from funcpeft.functional import Model, Params, functionalize
-from funcpeft.method import Method
+from funcpeft.method import FrozenDict, Method
 from funcpeft.tree import Adapter, Adapters, as_tuple, tree_leaves
 
 
@@ -126,7 +126,7 @@ class Case:
         kept = {  # patterns may only name sites that there are
             f.name: {k: v for k, v in getattr(self.method, f.name).items() if k in names}
             for f in fields(self.method)
-            if f.name.endswith("_pattern")
+            if isinstance(getattr(self.method, f.name), FrozenDict)
         }
         return replace(self.method, target_modules=names, **kept)
 
