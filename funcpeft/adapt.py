@@ -85,7 +85,7 @@ class Net:
         return self._init(params, seeds, dtype, needs)
 
     def _init(self, params: Params, seeds: Sequence[Any], dtype: torch.dtype | None, needs: Mapping[str, Any]) -> Any:
-        self.model.check(params)
+        self._check(params)
         made: list[Adapter] = []
         for entry, seed in zip(self.entries, seeds, strict=True):
             bases = self.bases(entry, params)
@@ -98,6 +98,12 @@ class Net:
     def bases(self, entry: Entry, params: Params) -> dict[str, Base]:
         """Returns the views of one entry's sites on the given params."""
         return {path: Base(s, self._leaf(params, s.weight), self._bias(params, s)) for path, s in entry.sites.items()}
+
+    def _check(self, params: Params) -> None:
+        if not isinstance(params, dict):
+            found, remedy = type(params).__name__, "params come first, then the adapter"
+            raise TypeError(errors.say("net", "params must be a dict of leaves", found, remedy))
+        self.model.check(params)
 
     def _leaf(self, params: Mapping[str, Any], key: str) -> Any:
         return params[key] if key in params else params[self.model.ties[key]]
@@ -131,7 +137,7 @@ class Net:
         Raises:
             TypeError: If the adapter was not made for this net; the message names the paths that differ.
         """
-        self.model.check(params)
+        self._check(params)
         out = dict(params)
         for position, (entry, one, scopes) in enumerate(zip(self.entries, self._matched(adapter), self._scopes, strict=True)):
             here = context.at(position)
@@ -315,7 +321,8 @@ class Net:
 
 def _require_known(entry: Entry, adapter: Adapter) -> None:
     """Raises ``TypeError`` if a site has a leaf that its method has no name for: it would be ignored in silence."""
-    known = frozenset(entry.method.leaf_names)
+    cls = type(entry.method)
+    known = frozenset(vars(cls).get("leaf_names", ()))  # a subclass may add leaves without naming them anew
     for path in entry.sites if known else ():
         odd = sorted((adapter.params.get(path, {}).keys() | adapter.consts.get(path, {}).keys()) - known)
         if odd:

@@ -41,6 +41,7 @@ QUANTIZERS = ("none", "nf4", "int8")
 
 _MOST_BYTES = 8_000_000
 _HELD_OUT_WINDOWS = 32
+_POINTS = 8  # evaluations of a population after the first
 _TOLERANCE = 1e-4  # of the largest logit, in float32
 
 
@@ -323,7 +324,7 @@ def train(task: Task, many: Any, lrs: Tensor, text: tuple[Tensor, Tensor], s: Se
     bar = tqdm(range(1, s.steps + 1), desc=f"{s.members} x {_name(task.net)}", unit="step", disable=not s.progress)
     for now in bar:
         many, state = step(many, state, windows(data, s.batch, s.tokens, draws), torch.tensor(now))
-        if now % max(1, s.steps // 8) == 0 or now == s.steps:
+        if _POINTS * now // s.steps > _POINTS * (now - 1) // s.steps:
             at.append(now)
             curves.append(task.evaluate(many, judged))
             bar.set_postfix_str(f"best {curves[-1].nan_to_num(math.inf).min():.3f} bits per byte held out")

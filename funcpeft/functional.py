@@ -7,7 +7,7 @@ weight is an expression the skeleton has no parameter but a stand-in: the layer'
 other reader sees shape, dtype and device, or the dense value, computed once per call.
 
 Each call takes a skeleton from a pool, so threads never share one, nor do nested calls; traced calls have one of their own.
-Imports weights, layers, tree, errors.
+Imports weights, layers, rng, errors; transformers only if it is imported already.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import itertools
 import operator
 import threading
 import types
@@ -225,7 +226,9 @@ class _Record:
     def __init__(self, holders: Iterable[Any]) -> None:
         mutable = [h for h in holders if not isinstance(h, tuple | frozenset)]
         self.empty = [h for h in mutable if not h]
-        self.dicts = [(h, tuple(h.values()), dict(h)) for h in mutable if h and isinstance(h, dict)]
+        self.dicts = [(h, dict(h)) for h in mutable if h and isinstance(h, dict)]
+        self.views = [h.values() for h, _ in self.dicts]
+        self.values = tuple(itertools.chain.from_iterable(self.views))
         self.lists = [(h, tuple(h)) for h in mutable if h and isinstance(h, list | deque)]
         self.sets = [(h, frozenset(h)) for h in mutable if h and isinstance(h, set)]
 
@@ -233,8 +236,9 @@ class _Record:
         if any(self.empty):
             for h in self.empty:
                 h.clear()
-        for h, values, content in self.dicts:
-            if len(h) != len(values) or not all(map(operator.is_, h.values(), values)):
+        values = tuple(itertools.chain.from_iterable(self.views))
+        if len(values) != len(self.values) or not all(map(operator.is_, values, self.values)):
+            for h, content in self.dicts:
                 h.clear()
                 h.update(content)
         for h, values in self.lists:
@@ -270,7 +274,10 @@ class _Skeleton:
         self.bindings: dict[str, _Binding] = {}
         self.sites: dict[str, tuple[_Binding, int]] = {}
         self._names: dict[int, str] = {}
-        seen: dict[int, Any] = {id(m): m for m in modules.values()}
+        seen: dict[int, Any] = {}
+        for _ in _holders(template, seen):  # what a copy shares with its original (loggers, say) is not its own
+            pass
+        seen |= {id(m): m for m in modules.values()}
         for prefix, m in modules.items():
             self._own_slots(f"{prefix}." if prefix else "", m, seen, held)
         holders = [h for m in modules.values() for h in _holders(m, seen)]
@@ -286,6 +293,8 @@ class _Skeleton:
         own = [d for m in {id(m): m for m in modules.values()}.values() for d in (m._parameters, m._buffers)]
         self.record = _Record([*(h for h, _ in holders), *own])
         usual = vars(nn.Module())
+        self.first = [(h, index, h[index]) for h, index, _ in self.slots]
+        self.first_echoes = [(h, index, _at(h, index)) for h, index, *_ in (*self.echoes, *self.tuples)]
         self.scalars = [
             (m, n, v) for m in modules.values() for n, v in m.__dict__.items() if type(v) in _SCALARS and n not in usual
         ]
@@ -357,6 +366,10 @@ class _Skeleton:
 
     def restore(self) -> None:
         """Puts back whatever the call wrote, and lets go of its tensors."""
+        for holder, index, old in self.first:
+            holder[index] = old
+        for holder, index, old in self.first_echoes:
+            _put(holder, index, old)
         self.record.restore()
         for b in self.bindings.values():
             b.bind(None, None)
@@ -510,6 +523,9 @@ class Model:
                 raise TypeError(errors.say(f"params[{key!r}]", rule, found, "take params from functionalize"))
         if torch.compiler.is_dynamo_compiling():
             # the graph does not run this object, but its guards read it: one that no eager call ever touches
+            if expressions not in self._traced:
+                rule = "what a trace needs must be made before it"
+                raise RuntimeError(errors.say(self.name, rule, None, "call net.init or model.prepare for these params outside"))
             return self._run_traced(self._traced[expressions], target, params, args, kwargs, stateful)
         pool = self._pools.setdefault(expressions, [])
         try:
@@ -582,7 +598,7 @@ class Model:
                 continue
             if now is not values[key]:
                 new[key] = now
-            elif torch.compiler.is_dynamo_compiling() or now._version:
+            elif torch.compiler.is_dynamo_compiling() or now.is_inference() or now._version:
                 new[key if key in params else self.ties.get(key, key)] = now
         return {**params, **new}
 

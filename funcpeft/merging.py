@@ -21,7 +21,7 @@ from funcpeft.weights import Adapted, Site, cast_leaves, dense, effective
 _COLUMNS = {
     "update": "size of the update, |W' - W| / |W| (Frobenius)",
     "error": "largest rounding error of an entry of W'",
-    "bound": "bound on |apply - merge| per unit of the largest |x|: largest row sum of rounding errors",
+    "bound": "bound on |apply - merge| per unit of the largest |x|, bias aside: largest row sum of rounding errors",
     "realised": "fraction of the update that is in the stored W': <stored - W, W' - W> / |W' - W|^2",
     "swallowed": "fraction of changed entries that rounding put back to W",
 }

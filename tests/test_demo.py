@@ -65,7 +65,7 @@ def trained(**settings):
 def test_a_longer_run_learns():
     _, steps, curves = trained(steps=20)
     assert float(curves[-1].min()) < float(curves[0].min()) - 0.02
-    assert steps == [0, *range(2, 21, 2)]
+    assert steps == [0, 3, 5, 8, 10, 13, 15, 18, 20]
     assert curves.shape == (len(steps), 2)
 
 

@@ -387,8 +387,9 @@ def _require_heads(net: Net, entry: Entry, task_type: str | None) -> None:
     """Raises ``ValueError`` where peft would look for a trained head of the task that this net does not train."""
     task = task_type or getattr(entry.method, "task_type", None)
     saved = entry.method.modules_to_save or ()
-    for name, _ in net.model.modules() if task in _HEADED else ():
-        if name in _HEADED[task] and name not in saved:
+    heads = _HEADED.get(task or "", ())
+    for name, _ in net.model.modules():
+        if name in heads and name not in saved:
             rule = f"peft's {task} files hold the head {name!r}, so it must be in modules_to_save"
             raise ValueError(errors.say("save_peft", rule, list(saved), "add it, or save with task_type='FEATURE_EXTRACTION'"))
 
