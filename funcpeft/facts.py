@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from funcpeft import errors
-from funcpeft.functional import Model, register_caches
+from funcpeft.caches import register_caches
+from funcpeft.functional import Model
 
 #: peft's task types, with the ends of the names of transformers' classes for them.
 TASKS: dict[str, tuple[str, ...]] = {

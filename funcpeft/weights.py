@@ -245,6 +245,8 @@ def dense(expr: Any) -> Tensor:
         return expr
     if isinstance(expr, Quantized):
         return expr.format.dequant(expr)
+    if not isinstance(expr, Adapted):
+        raise TypeError(f"dense: a Tensor, a Quantized or an Adapted is required, got {type(expr).__name__}.")
     return dense_pair(expr, None)[0]
 
 

@@ -34,6 +34,7 @@ from funcpeft.quant import NF4, Int8
 from funcpeft.quant.format import Format
 from funcpeft.quantization import quantize
 from funcpeft.tree import Adapter, tree_map
+from funcpeft.weights import dense
 
 ROOT = Path(__file__).parents[1]
 
@@ -292,6 +293,7 @@ ROWS = [
         V,
         r"a seed tensor must be 0-d in a call, got shape \(2,\)",
     ),
+    (lambda: dense(3), T, "dense: a Tensor, a Quantized or an Adapted is required, got int"),
     (lambda: functionalize(torch.tanh), T, "functionalize: an nn.Module is required, got builtin_function_or_method"),
     (lambda: functionalize(Uncopyable()), T, r"functionalize\(Uncopyable\): the module must be copyable, got RuntimeError: no"),
     (
@@ -506,7 +508,7 @@ WITHOUT = {
     ("layers.py", "Kind.stored"): "as above",
     ("layers.py", "Kind.product"): "as above",
     ("layers.py", "Kind.map"): "as above",
-    ("functional.py", "_StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
+    ("skeleton.py", "_StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
     ("__main__.py", "<module>"): "the exit code of the command",
 }
 

@@ -18,7 +18,7 @@ def label(method):
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("method", EXAMPLES, ids=label)
 def test_law(method, law):
-    check_law(method, law, max_examples=16)
+    check_law(method, law, max_examples=10)
 
 
 @pytest.mark.slow

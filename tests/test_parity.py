@@ -230,6 +230,7 @@ def test_peft_file_computes_the_same_here(row, tmp_path):
         assert all(float(v["realised"]) > 0.999 for v in report.sites.values())
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_file_written_here_computes_the_same_in_peft(row, tmp_path):
     theirs, x = saved(row, tmp_path / "theirs")
@@ -249,6 +250,7 @@ def test_file_written_here_computes_the_same_in_peft(row, tmp_path):
         assert (back(x) - theirs(x)).abs().max() <= tolerance(row, theirs(x))
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
 @pytest.mark.parametrize("row", [r for r in ROWS if r.init], ids=str)
 def test_init_under_one_seed_is_bit_for_bit_peft(row, tmp_path):
     theirs, _ = oracle(row)
