@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from funcpeft import errors, rng, targets
 from funcpeft.context import EVAL, Context
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model, Params
-from funcpeft.merging import MergeReport, merge_params, stored_as
+from funcpeft.merging import MergeReport, merge_params, unmerge_site
 from funcpeft.method import Method
 from funcpeft.methods.full import Full
 from funcpeft.methods.trainabletokens import TrainableTokens
@@ -33,11 +33,23 @@ class Entry:
     method: Method
     sites: dict[str, Site]
     role: str = "method"
-    salt: int = 0
 
-    def scopes(self) -> Mapping[str, tuple[str, ...]]:
-        """Returns the scopes of every site."""
-        return self.method.scopes({p: Base(s, targets.shape_only(s)) for p, s in self.sites.items()})
+    #: Scopes of the shared leaves of every site, and all of them; those of a method that wraps the call are at ``""``.
+    scopes: Mapping[str, tuple[str, ...]] = field(init=False)
+    shared: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        scopes = self.method.scopes({p: Base(s, targets.shape_only(s)) for p, s in self.sites.items()})
+        shared = {s for p in self.sites for s in scopes.get(p, ())} | ({""} if self.method.wraps else set())
+        object.__setattr__(self, "scopes", scopes)
+        object.__setattr__(self, "shared", frozenset(shared))
+
+    def leaves(self, adapter: Adapter, path: str) -> Leaves:
+        """Returns an adapter's leaves at a site, those of its scopes included."""
+        found: Leaves = {}
+        for scope in self.scopes.get(path, ()):
+            found |= adapter.leaves(scope)
+        return found | adapter.leaves(path)
 
 
 class Net:
@@ -48,7 +60,6 @@ class Net:
 
     def __init__(self, model: Model, methods: Sequence[Method], entries: Sequence[Entry]) -> None:
         self.model, self.methods, self.entries = model, tuple(methods), tuple(entries)
-        self._scopes = [e.scopes() for e in self.entries]
         self._aliases: dict[str, list[str]] = {}
         for alias, key in model.ties.items():
             self._aliases.setdefault(key, []).append(alias)
@@ -139,14 +150,10 @@ class Net:
         """
         self._check(params)
         out = dict(params)
-        for position, (entry, one, scopes) in enumerate(zip(self.entries, self._matched(adapter), self._scopes, strict=True)):
+        for position, (entry, one) in enumerate(zip(self.entries, self._matched(adapter), strict=True)):
             here = context.at(position)
             for path, site in entry.sites.items():
-                leaves: Leaves = {}
-                for scope in scopes.get(path, ()):
-                    leaves |= one.leaves(scope)
-                leaves |= one.leaves(path)
-                self._place(out, entry.method, site, leaves, here)
+                self._place(out, entry.method, site, entry.leaves(one, path), here)
         return out
 
     def _place(self, out: Params, method: Method, site: Site, leaves: Leaves, context: Context) -> None:
@@ -169,8 +176,8 @@ class Net:
             raise TypeError(
                 errors.say("adapter", f"one Adapter for each of ({want}) is required", f"{len(given)}", "make it with net.init")
             )
-        for entry, one, scopes in zip(self.entries, given, self._scopes, strict=True):
-            shared = {s for path in entry.sites for s in scopes.get(path, ())} | ({""} if entry.method.wraps else set())
+        for entry, one in zip(self.entries, given, strict=True):
+            shared = entry.shared
             found = one.params.keys() | one.consts.keys()
             extra = sorted(found - entry.sites.keys() - shared)
             missing = sorted(p for p in entry.sites.keys() - found if not shared & found)
@@ -290,18 +297,13 @@ class Net:
             NoMergedFormError: If the formula of a method does not invert.
         """
         out = dict(params)
-        for entry, one, scopes in reversed(list(zip(self.entries, self._matched(adapter), self._scopes, strict=True))):
+        for entry, one in reversed(list(zip(self.entries, self._matched(adapter), strict=True))):
             for path, site in entry.sites.items():
-                leaves: Leaves = {}
-                for scope in scopes.get(path, ()):
-                    leaves |= one.leaves(scope)
-                leaves |= one.leaves(path)
                 for here in (site, *(self.model.site(a) for a in self._bound(entry.method, site))):
-                    before = self._leaf(out, here.weight)
-                    base = entry.method.unmerge(leaves, Base(here, before, self._bias(out, here)))
-                    out[here.weight] = stored_as(here, base.weight, before.dtype)
-                    if here.bias is not None and base.bias is not None:
-                        out[here.bias] = base.bias.to(out[here.bias].dtype)
+                    before, bias = self._leaf(out, here.weight), self._bias(out, here)
+                    out[here.weight], back = unmerge_site(entry.method, entry.leaves(one, path), here, dense(before), bias)
+                    if here.bias is not None and back is not None:
+                        out[here.bias] = back
         return out
 
     def _require_finite(self, adapter: Adapters) -> None:

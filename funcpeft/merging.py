@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from funcpeft import errors
-from funcpeft.tree import all_finite, register
-from funcpeft.weights import Adapted, Site, cast_leaves, dense, effective
+from funcpeft.method import Method
+from funcpeft.tree import Leaves, all_finite, register
+from funcpeft.weights import Adapted, Base, Site, cast_leaves, dense, effective
 
 _COLUMNS = {
     "update": "size of the update, |W' - W| / |W| (Frobenius)",
@@ -108,7 +109,7 @@ def merge_site(
         ValueError: If the merged weight or bias is not finite.
     """
     site, base = expr.site, innermost(expr)
-    precise = torch.float32 if expr.device.type == "mps" else torch.float64
+    precise = _precise(expr.device)
     matrix, new_bias = effective(widened(expr, precise), site, None if bias is None else bias.to(precise))
     for name, value in (("weight", matrix), ("bias", new_bias)):
         if value is not None and not all_finite(value):
@@ -124,6 +125,21 @@ def merge_site(
     back = site.kind.matrix(stored).to(matrix.dtype)
     measures = measure(site.kind.matrix(dense(base)).to(matrix.dtype), matrix, back)
     return stored, None if new_bias is None else new_bias.to(dtype or expr.dtype), measures
+
+
+def unmerge_site(
+    method: Method, leaves: Leaves, site: Site, stored: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Inverts a merge at one site: the stored weight and the bias as they were, in their dtypes."""
+    precise = _precise(stored.device)
+    merged = Base(site, stored.to(precise), None if bias is None else bias.to(precise))
+    base = method.unmerge(cast_leaves(leaves, precise), merged)
+    back = base.bias if bias is not None else None
+    return stored_as(site, base.weight, stored.dtype), None if back is None or bias is None else back.to(bias.dtype, copy=True)
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def widened(expr: Any, dtype: torch.dtype) -> Any:
@@ -146,10 +162,11 @@ def merge_params(
     """Merges a tree of params with expressions: every ``Adapted`` leaf becomes a tensor, all others are shared."""
     merged, rows, notes = dict(attached), {}, []
     untouched = {id(v) for v in plain.values()}
+    for key, expr in attached.items():  # first what is replaced whole, since a weight's method may change its bias then
+        if not isinstance(expr, Adapted) and id(expr) not in untouched:
+            merged[key] = expr.to(dtype or expr.dtype, copy=True)
     for key, expr in attached.items():
         if not isinstance(expr, Adapted):
-            if id(expr) not in untouched:
-                merged[key] = expr.to(dtype or expr.dtype, copy=True)
             continue
         site = expr.site
         bias = None if site.bias is None else dense(attached[site.bias])

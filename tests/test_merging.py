@@ -11,7 +11,7 @@ from funcpeft.adapt import adapt
 from funcpeft.errors import NoMergedFormError
 from funcpeft.functional import functionalize
 from funcpeft.merging import MergeReport
-from funcpeft.methods import IA3, OFT, DoRA, LoHa, LoRA, PrefixTuning
+from funcpeft.methods import IA3, OFT, DoRA, Full, LoHa, LoRA, PrefixTuning
 from funcpeft.population import stack
 from funcpeft.tree import tree_map
 
@@ -241,3 +241,17 @@ def test_a_merge_that_overflows_is_refused_by_site():
     large = adapter.replace(params=tree_map(lambda t: t * 1e200, adapter.params))
     with pytest.raises(ValueError, match="merge at 'up': the merged weight must be finite, got NaN or infinity"):
         net.merge(params, large)
+
+
+def test_a_bias_that_is_both_replaced_and_scaled_is_merged_once_and_in_order():
+    module = nn.Sequential(nn.Linear(4, 3)).double()
+    model, params = functionalize(module)
+    bias = Full(target_modules=(), target_parameters=("0.bias",))
+    net = adapt(model, [bias, IA3(target_modules=["0"], feedforward_modules=())])
+    replaced, scaled = net.init(params, seed=0)
+    replaced = replaced.replace(params={"0.bias": {"value": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}})
+    scaled = scaled.replace(params={"0": {"l": torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)}})
+    x = torch.randn(5, 4, dtype=torch.float64)
+    merged, _ = net.merge(params, (replaced, scaled))
+    torch.testing.assert_close(merged["0.bias"], torch.tensor([2.0, 6.0, 12.0], dtype=torch.float64))
+    torch.testing.assert_close(model(merged, x), net(params, (replaced, scaled), x))

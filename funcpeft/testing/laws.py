@@ -80,7 +80,7 @@ def _gains(b: Built, adapter: Adapter) -> list[float]:
     found = [1.0]
     for entry, one in zip(b.net.entries, as_tuple(adapter), strict=True):
         for path, base in b.net.bases(entry, b.params).items():
-            shared = [one.leaves(s) for s in entry.scopes().get(path, ())]
+            shared = [one.leaves(s) for s in entry.scopes.get(path, ())]
             leaves = {k: v for tree in (*shared, one.leaves(path)) for k, v in tree.items()}
             found.append(float(entry.method.unmerge_gain(leaves, base)))
     return found
