@@ -175,11 +175,11 @@ class ModelFacts:
         """
         params, cache = dict(self._params), kwargs.get("past_key_values")
         if name == "generate":
-            return self._model._run(lambda m: functools.partial(_generate, m, tuple(steps)), params, (), kwargs)[0]
+            return self._model.run(lambda m: functools.partial(_generate, m, tuple(steps)), params, (), kwargs)[0]
         if cache is None or _takes(self._model.root, "past_key_values"):
             return self._model(params, **kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "past_key_values"}
-        return self._model._run(lambda m: functools.partial(_forward, m, cache), params, (), rest)[0]
+        return self._model.run(lambda m: functools.partial(_forward, m, cache), params, (), rest)[0]
 
     def check_cache(self) -> None:
         """Raises ``ValueError`` if the model has no cache of one key and value per head and token."""

@@ -75,7 +75,7 @@ class Model:
             TypeError: If ``params`` is not a dict, or a leaf is neither a tensor nor an expression.
             ValueError: If a leaf has another shape than the module's.
         """
-        return self._run(_itself, params, args, kwargs)[0]
+        return self.run(_itself, params, args, kwargs)[0]
 
     def call(self, method: str, params: Params, /, *args: Any, **kwargs: Any) -> Any:
         """Calls another method of the module, such as ``"generate"``.
@@ -87,7 +87,7 @@ class Model:
             known = [n for n in dir(type(self._template)) if not n.startswith("_")]
             hint = errors.nearest(method, known)
             raise errors.NameMissingError(errors.say(self.name, "the module must have the method", repr(method), hint))
-        return self._run(lambda m: getattr(m, method), params, args, kwargs)[0]
+        return self.run(lambda m: getattr(m, method), params, args, kwargs)[0]
 
     def embed(self, params: Params, ids: Tensor) -> Tensor:
         """Looks up ids in the module's input embedding (``get_input_embeddings``, as transformers' models have it)."""
@@ -95,14 +95,14 @@ class Model:
             raise TypeError(
                 errors.say(self.name, "the module must have get_input_embeddings", None, "use a transformers model")
             )
-        return self._run(lambda m: m.get_input_embeddings(), params, (ids,), {})[0]
+        return self.run(lambda m: m.get_input_embeddings(), params, (ids,), {})[0]
 
     def stateful(self, params: Params, /, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
         """Returns the output, and new params in which what the forward wrote has its new value.
 
         That is buffers, and the weight that an ``Embedding`` with ``max_norm`` rescales. All other leaves are the argument's.
         """
-        return self._run(_itself, params, args, kwargs, stateful=True)
+        return self.run(_itself, params, args, kwargs, stateful=True)
 
     # -- structure -----------------------------------------------------------------------------------------------------
 
@@ -150,9 +150,14 @@ class Model:
             found, remedy = f"none for {errors.listed(missing)}", "take params from functionalize"
             raise errors.NameMissingError(errors.say(self.name, "params must hold every leaf", found, remedy))
 
-    def _run(
+    def run(
         self, target: Callable[[Any], Any], params: Params, args: Any, kwargs: Any, *, stateful: bool = False
     ) -> tuple[Any, Params]:
+        """Calls ``target(module)(*args, **kwargs)`` with the tensors in the module; for what ``call`` cannot name.
+
+        Returns:
+            The output, and params as ``stateful`` returns them if that is asked for.
+        """
         if not isinstance(params, dict):
             found = type(params).__name__
             raise TypeError(errors.say(self.name, "params must be a dict of leaves", found, "take params from functionalize"))

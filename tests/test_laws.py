@@ -25,7 +25,7 @@ def test_law(method, law):
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("method", EXAMPLES, ids=label)
 def test_law_at_length(method, law):
-    check_law(method, law, max_examples=200)
+    check_law(method, law, max_examples=60)
 
 
 @pytest.mark.parametrize("method", EXAMPLES, ids=label)
