@@ -230,7 +230,7 @@ def test_peft_file_computes_the_same_here(row, tmp_path):
         assert all(float(v["realised"]) > 0.999 for v in report.sites.values())
 
 
-@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A", "ignore:Sparse invariant checks")
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_file_written_here_computes_the_same_in_peft(row, tmp_path):
     theirs, x = saved(row, tmp_path / "theirs")
@@ -244,7 +244,9 @@ def test_file_written_here_computes_the_same_in_peft(row, tmp_path):
     assert all(torch.equal(wrote[k], read[k]) and wrote[k].dtype == read[k].dtype for k in wrote)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|save vera_A|load vera_A|Sparse invariant|Unsupported layer type).*")
+        warnings.filterwarnings(
+            "ignore", message=".*(fan_in_fan_out|save vera_A|load vera_A|Sparse invariant|Unsupported layer type).*"
+        )
         back = peft.PeftModel.from_pretrained(base_of(row)[0], tmp_path / "ours").eval()
     with torch.no_grad():
         assert (back(x) - theirs(x)).abs().max() <= tolerance(row, theirs(x))
