@@ -22,6 +22,7 @@ from funcpeft.merging import MergeReport, merge_params, unmerge_site
 from funcpeft.method import Method
 from funcpeft.methods.full import Full
 from funcpeft.methods.trainabletokens import TrainableTokens
+from funcpeft.sitetable import net_table, shapes_of
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Adapted, Base, Quantized, Site, dense
 
@@ -332,6 +333,15 @@ def _require_known(entry: Entry, adapter: Adapter) -> None:
             raise TypeError(errors.say(where, rule, errors.listed(odd), "make it with net.init"))
 
 
+def _fits(shape: torch.Size, found: torch.Size, rank_axis: int | None) -> bool:
+    """Whether two shapes agree but for the rank, and for member axes in front."""
+    trailing = found[len(found) - len(shape) :]
+    free = None if rank_axis is None else len(shape) + rank_axis
+    return len(trailing) == len(shape) and all(
+        i == free or a == b for i, (a, b) in enumerate(zip(shape, trailing, strict=True))
+    )
+
+
 def _cast(
     adapter: Adapter, bases: Mapping[str, Base], default: tuple[torch.dtype, torch.device], dtype: torch.dtype | None
 ) -> Adapter:
@@ -434,69 +444,3 @@ def peft_init(net: Net, params: Params, seed: int) -> Any:
         params_ = {path: {n: through(path, t) for n, t in leaves.items()} for path, leaves in one.params.items()}
         rounded.append(one.replace(params=params_))
     return rounded[0] if len(rounded) == 1 else tuple(rounded)
-
-
-def net_table(net: Net) -> str:
-    """Prints the site table: path, kind, shape, method, how the weight is used."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("site", "kind", "shape", "dtype", "method", "trained", "weight is", title=repr(net), title_justify="left")
-    total = 0
-    for entry in net.entries:
-        counts = trainable_counts(net, entry)
-        for path, site in entry.sites.items():
-            shape = " x ".join(map(str, site.shape))
-            use = "met" if site.met else "replaced" if entry.method.takes_any else "read by its module"
-            table.add_row(
-                path,
-                site.kind.name,
-                shape,
-                str(site.dtype).removeprefix("torch."),
-                type(entry.method).__name__,
-                _count(counts.get(path)),
-                use,
-            )
-        for scope in counts.keys() - entry.sites.keys():
-            table.add_row(
-                scope or "(shared)",
-                "",
-                "",
-                "",
-                type(entry.method).__name__,
-                _count(counts[scope]),
-                "wraps the call" if entry.method.wraps else "",
-            )
-        total += sum(counts.values())
-    width = max(100, 70 + max((len(p) for e in net.entries for p in e.sites), default=0))
-    console = Console(width=width, color_system=None)
-    with console.capture() as text:
-        console.print(table)
-    base = sum(s.numel() for k, s in net.model.shapes.items() if k not in net.model.buffers)
-    return text.get().rstrip() + f"\n{total:,} trained numbers, {100 * total / max(base, 1):.3g}% of the base's {base:,}"
-
-
-def _count(n: int | None) -> str:
-    return "shared" if n is None else f"{n:,}"
-
-
-def trainable_counts(net: Net, entry: Entry) -> dict[str, int]:
-    """Counts the trained numbers by path, from shapes alone."""
-    return {path: sum(t.numel() for t in leaves.values()) for path, leaves in shapes_of(net, entry).params.items()}
-
-
-def shapes_of(net: Net, entry: Entry) -> Adapter:
-    """Returns what init makes for an entry, without values: it runs on the meta device."""
-    params = {k: torch.empty(s, dtype=net.model.dtypes[k], device="meta") for k, s in net.model.shapes.items()}
-    with torch.device("meta"):
-        extra: dict[str, Any] = {"facts": ModelFacts(net.model, params)} if entry.method.wraps else {}
-        return entry.method.init(net.bases(entry, params), seed=0, **extra)
-
-
-def _fits(shape: torch.Size, found: torch.Size, rank_axis: int | None) -> bool:
-    """Whether two shapes agree but for the rank, and for member axes in front."""
-    trailing = found[len(found) - len(shape) :]
-    free = None if rank_axis is None else len(shape) + rank_axis
-    return len(trailing) == len(shape) and all(
-        i == free or a == b for i, (a, b) in enumerate(zip(shape, trailing, strict=True))
-    )

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from funcpeft import errors, methods
-from funcpeft.adapt import Entry, Net, adapt, shapes_of
+from funcpeft.adapt import Entry, Net, adapt
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model, Params
 from funcpeft.method import Method
+from funcpeft.sitetable import shapes_of
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Base
 

@@ -1,0 +1,70 @@
+"""The site table of a net, and what its init makes in shapes alone. Imports facts, tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from funcpeft.facts import ModelFacts
+from funcpeft.tree import Adapter
+
+if TYPE_CHECKING:
+    from funcpeft.adapt import Entry, Net
+
+
+def net_table(net: Net) -> str:
+    """Prints the site table: path, kind, shape, method, how the weight is used."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("site", "kind", "shape", "dtype", "method", "trained", "weight is", title=repr(net), title_justify="left")
+    total = 0
+    for entry in net.entries:
+        counts = trainable_counts(net, entry)
+        for path, site in entry.sites.items():
+            shape = " x ".join(map(str, site.shape))
+            use = "met" if site.met else "replaced" if entry.method.takes_any else "read by its module"
+            table.add_row(
+                path,
+                site.kind.name,
+                shape,
+                str(site.dtype).removeprefix("torch."),
+                type(entry.method).__name__,
+                _count(counts.get(path)),
+                use,
+            )
+        for scope in counts.keys() - entry.sites.keys():
+            table.add_row(
+                scope or "(shared)",
+                "",
+                "",
+                "",
+                type(entry.method).__name__,
+                _count(counts[scope]),
+                "wraps the call" if entry.method.wraps else "",
+            )
+        total += sum(counts.values())
+    width = max(100, 70 + max((len(p) for e in net.entries for p in e.sites), default=0))
+    console = Console(width=width, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    base = sum(s.numel() for k, s in net.model.shapes.items() if k not in net.model.buffers)
+    return text.get().rstrip() + f"\n{total:,} trained numbers, {100 * total / max(base, 1):.3g}% of the base's {base:,}"
+
+
+def _count(n: int | None) -> str:
+    return "shared" if n is None else f"{n:,}"
+
+
+def trainable_counts(net: Net, entry: Entry) -> dict[str, int]:
+    """Counts the trained numbers by path, from shapes alone."""
+    return {path: sum(t.numel() for t in leaves.values()) for path, leaves in shapes_of(net, entry).params.items()}
+
+
+def shapes_of(net: Net, entry: Entry) -> Adapter:
+    """Returns what init makes for an entry, without values: it runs on the meta device."""
+    params = {k: torch.empty(s, dtype=net.model.dtypes[k], device="meta") for k, s in net.model.shapes.items()}
+    with torch.device("meta"):
+        extra: dict[str, Any] = {"facts": ModelFacts(net.model, params)} if entry.method.wraps else {}
+        return entry.method.init(net.bases(entry, params), seed=0, **extra)
