@@ -61,6 +61,7 @@ class Net:
 
     def __init__(self, model: Model, methods: Sequence[Method], entries: Sequence[Entry]) -> None:
         self.model, self.methods, self.entries = model, tuple(methods), tuple(entries)
+        self._shapes = [_expected(self, e) for e in self.entries]
         self._aliases: dict[str, list[str]] = {}
         for alias, key in model.ties.items():
             self._aliases.setdefault(key, []).append(alias)
@@ -91,7 +92,7 @@ class Net:
         """
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(errors.say("init", "seed must be an int", type(seed).__name__))
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(errors.say("init", "dtype must be a floating dtype", dtype))
         seeds = [seed if i == 0 else rng.fold_in(seed, "entry", i) for i in range(len(self.entries))]
         return self._init(params, seeds, dtype, needs)
@@ -150,6 +151,9 @@ class Net:
             TypeError: If the adapter was not made for this net; the message names the paths that differ.
         """
         self._check(params)
+        if not isinstance(context, Context):
+            found, remedy = type(context).__name__, "pass Context(training=True, seed=step)"
+            raise TypeError(errors.say("net", "context must be a Context", found, remedy))
         out = dict(params)
         for position, (entry, one) in enumerate(zip(self.entries, self._matched(adapter), strict=True)):
             here = context.at(position)
@@ -177,7 +181,7 @@ class Net:
             raise TypeError(
                 errors.say("adapter", f"one Adapter for each of ({want}) is required", f"{len(given)}", "make it with net.init")
             )
-        for entry, one in zip(self.entries, given, strict=True):
+        for entry, one, shapes in zip(self.entries, given, self._shapes, strict=True):
             shared = entry.shared
             found = one.params.keys() | one.consts.keys()
             extra = sorted(found - entry.sites.keys() - shared)
@@ -190,6 +194,7 @@ class Net:
                     )
                 )
             _require_known(entry, one)
+            _require_shapes(entry.method.label, one, shapes)
         return given
 
     def __call__(self, params: Params, adapter: Adapters, /, *args: Any, context: Context = EVAL, **kwargs: Any) -> Any:
@@ -262,7 +267,8 @@ class Net:
         Args:
             params: The base's leaves.
             adapter: What ``net.init`` made, or a tree of its form.
-            dtype: dtype of the merged weights; by default each keeps its own. Sums are taken in float32 or wider, rounded once.
+            dtype: dtype of every floating parameter of the result (buffers keep theirs); by default each keeps its own. Sums
+                are taken in float64 and rounded once.
 
         Returns:
             ``(params, report)``: params for ``model(...)``, in which untouched leaves are shared with the argument, and what
@@ -274,19 +280,12 @@ class Net:
             ValueError: If a merged weight is not finite.
         """
         for entry in self.entries:
-            if not entry.method.merges:
-                raise errors.NoMergedFormError(
-                    errors.say(
-                        f"{entry.method.label}",
-                        "the method acts on the call and has no merged form",
-                        None,
-                        "keep it as an adapter",
-                    )
-                )
+            _require_merged_form(entry.method)
         self._require_finite(adapter)
         attached = self.attach(params, adapter)
         try:
-            return merge_params(params, attached, dtype)
+            merged, report = merge_params(params, attached, dtype)
+            return merged if dtype is None else self._in_dtype(merged, dtype), report
         except (KeyError, RuntimeError) as e:
             self._explain(adapter, e)
             raise
@@ -297,6 +296,9 @@ class Net:
         Raises:
             NoMergedFormError: If the formula of a method does not invert.
         """
+        self._check(params)
+        for entry in self.entries:
+            _require_merged_form(entry.method)
         out = dict(params)
         for entry, one in reversed(list(zip(self.entries, self._matched(adapter), strict=True))):
             for path, site in entry.sites.items():
@@ -306,6 +308,13 @@ class Net:
                     if here.bias is not None and back is not None:
                         out[here.bias] = back
         return out
+
+    def _in_dtype(self, params: Params, dtype: torch.dtype) -> Params:
+        def cast(key: str, v: Any) -> Any:
+            floating = isinstance(v, Tensor) and v.is_floating_point() and key not in self.model.buffers
+            return v.to(dtype) if floating else v
+
+        return {k: cast(k, v) for k, v in params.items()}
 
     def _require_finite(self, adapter: Adapters) -> None:
         for one in self._matched(adapter):
@@ -333,13 +342,45 @@ def _require_known(entry: Entry, adapter: Adapter) -> None:
             raise TypeError(errors.say(where, rule, errors.listed(odd), "make it with net.init"))
 
 
+def _require_merged_form(method: Method) -> None:
+    if not method.merges:
+        rule = "the method acts on the call and has no merged form"
+        raise errors.NoMergedFormError(errors.say(method.label, rule, None, "keep it as an adapter"))
+
+
+Expected = dict[str, dict[str, tuple[torch.Size, int | None]]]
+
+
+def _expected(net: Net, entry: Entry) -> Expected:
+    """Returns shape and rank axis of every leaf that init makes, by path; nothing where init needs values or data."""
+    try:
+        fresh = shapes_of(net, entry)
+    except Exception:  # an init that cannot run on shapes alone; its leaves are checked by name only
+        return {}
+    axes = dict(fresh.rank_axes)
+    paths = {**fresh.params, **fresh.consts}
+    return {p: {n: (t.shape, axes.get(n)) for n, t in fresh.leaves(p).items()} for p in paths}
+
+
+def _require_shapes(label: str, adapter: Adapter, expected: Expected) -> None:
+    """Raises ``TypeError`` for the first leaf whose shape would broadcast rather than fit."""
+    for path, leaves in expected.items():
+        for tree in (adapter.params, adapter.consts):
+            for name, t in tree.get(path, {}).items():
+                want = leaves.get(name)
+                if want is None or t.shape == want[0] or _fits(want[0], t.shape, want[1]):
+                    continue
+                rule, found = f"leaf {name!r} of {label} must have shape {tuple(want[0])}", tuple(t.shape)
+                remedy = "make it with net.init"
+                if t.shape[1:] == want[0] or (t.ndim == len(want[0]) + 1 and _fits(want[0], t.shape[1:], want[1])):
+                    remedy = "a stack goes through torch.func.vmap, or take one of unstack(adapter)"
+                raise TypeError(errors.say(f"adapter at {path!r}", rule, found, remedy))
+
+
 def _fits(shape: torch.Size, found: torch.Size, rank_axis: int | None) -> bool:
-    """Whether two shapes agree but for the rank, and for member axes in front."""
-    trailing = found[len(found) - len(shape) :]
+    """Whether two shapes agree but for the rank."""
     free = None if rank_axis is None else len(shape) + rank_axis
-    return len(trailing) == len(shape) and all(
-        i == free or a == b for i, (a, b) in enumerate(zip(shape, trailing, strict=True))
-    )
+    return len(found) == len(shape) and all(i == free or a == b for i, (a, b) in enumerate(zip(shape, found, strict=True)))
 
 
 def _cast(
@@ -384,7 +425,22 @@ def adapt(model: Model, method: Method | Sequence[Method]) -> Net:
                 errors.say("adapt", "a method is required", type(one).__name__, "pass an instance such as LoRA(r=8)")
             )
         entries += entries_of(model, one)
+    _require_alive(entries)
     return Net(model, methods, entries)
+
+
+def _require_alive(entries: Sequence[Entry]) -> None:
+    """Raises ``ValueError`` where a weight that one method adapts is replaced whole by a later one."""
+    adapted: dict[str, Method] = {}
+    for entry in entries:
+        for site in entry.sites.values():
+            if entry.method.takes_any and site.weight in adapted and not adapted[site.weight].takes_any:
+                before = adapted[site.weight].label
+                rule = f"must not replace the weight that {before} adapts before it"
+                raise ValueError(
+                    errors.say(f"{entry.method.label} at {site.path!r}", rule, None, "put it first, or leave the site out")
+                )
+            adapted[site.weight] = entry.method
 
 
 def entries_of(model: Model, method: Method) -> Iterator[Entry]:
@@ -417,7 +473,12 @@ def entries_of(model: Model, method: Method) -> Iterator[Entry]:
 def bias_keys(model: Model, method: Method, *, every: bool) -> tuple[str, ...]:
     """Lists the biases that ``bias="all"`` (or the targets' only) trains."""
     if every:
-        keys = tuple(k for k in model.shapes if k not in model.buffers and k.rsplit(".", 1)[-1] == "bias")
+        saved = method.modules_to_save or ()  # those are trained whole already
+        keys = tuple(
+            k
+            for k in model.shapes
+            if k not in model.buffers and k.rsplit(".", 1)[-1] == "bias" and not targets.under(saved, k.rpartition(".")[0])
+        )
     else:
         keys = tuple(s.bias for s in targets.sites_of(model, method).values() if s.bias is not None)
     if not keys:

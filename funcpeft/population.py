@@ -7,7 +7,7 @@ by the ``rank`` that every site carries. Equal frozen leaves are kept once, as a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from funcpeft import errors
 from funcpeft.tree import Adapter, Adapters, Leaves, Tree, as_tuple
 
 
-def stack(adapters: Sequence[Adapters]) -> Any:
+def stack(adapters: Iterable[Adapters]) -> Any:
     """Stacks N adapters into one whose leaves have a leading axis of N.
 
     Args:
@@ -28,19 +28,15 @@ def stack(adapters: Sequence[Adapters]) -> Any:
         ValueError: If there is none, or shapes differ along another axis than the rank's.
         TypeError: If paths, leaves or their dtypes differ.
     """
-    if isinstance(adapters, Adapter) or not len(adapters):
-        raise ValueError(
-            errors.say(
-                "stack",
-                "a list of at least one adapter is required",
-                "one Adapter" if isinstance(adapters, Adapter) else "an empty list",
-            )
-        )
-    several = [as_tuple(a) for a in adapters]
+    given = [] if isinstance(adapters, Adapter) else list(adapters)
+    if not given:
+        found = "one Adapter" if isinstance(adapters, Adapter) else "an empty list"
+        raise ValueError(errors.say("stack", "a list of at least one adapter is required", found))
+    several = [as_tuple(a) for a in given]
     if len({len(s) for s in several}) > 1:
         raise TypeError(errors.say("stack", "every member must have as many adapters", sorted({len(s) for s in several})))
     made = tuple(_stack(group) for group in zip(*several, strict=True))
-    return made if isinstance(adapters[0], tuple) else made[0]
+    return made if isinstance(given[0], tuple) else made[0]
 
 
 def _stack(members: Sequence[Adapter]) -> Adapter:

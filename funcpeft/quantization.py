@@ -41,6 +41,10 @@ def quantize(
     """
     if not isinstance(format, Format):
         raise TypeError(errors.say("quantize", "a format is required", type(format).__name__, "pass an instance such as NF4()"))
+    if not isinstance(model, Model):
+        raise TypeError(
+            errors.say("quantize", "a Model is required", type(model).__name__, "the model comes first, then params")
+        )
     model.check(params)
     rule = Method(
         target_modules=tuple(target_modules) if not isinstance(target_modules, str) else target_modules,

@@ -112,14 +112,10 @@ def _every_entry(where: str, field: str, rule: Any, paths: Sequence[str]) -> Non
         except re.error as e:
             raise ValueError(errors.say(where, f"{field} must be a valid regular expression", f"{rule!r} ({e})")) from e
         if not hit:
-            raise errors.NoMatchError(
-                errors.say(
-                    where,
-                    f"every entry of {field} must match a module",
-                    repr(entry),
-                    errors.nearest(entry, _endings(entry, paths)),
-                )
-            )
+            hint = errors.nearest(entry, _endings(entry, paths))
+            if isinstance(rule, str) and any(matches((entry,), p) for p in paths):
+                hint = f"a string is a regular expression for the whole path, so write [{entry!r}]"
+            raise errors.NoMatchError(errors.say(where, f"every entry of {field} must match a module", repr(entry), hint))
 
 
 def target_paths(model: Model, method: Method, allowed: Sequence[str] | None = None) -> tuple[str, ...]:

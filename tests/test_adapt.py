@@ -9,6 +9,7 @@ from torch import nn
 from funcpeft import methods, population
 from funcpeft.adapt import adapt, peft_init
 from funcpeft.context import Context
+from funcpeft.errors import NoMergedFormError
 from funcpeft.functional import functionalize
 from funcpeft.interop.peft import save_peft
 from funcpeft.method import Method
@@ -503,3 +504,30 @@ def test_a_fourier_adapter_of_a_wider_model_is_refused_where_it_shows():
     method = FourierFT(target_modules=["up"], n_frequency=60)
     with pytest.raises((TypeError, RuntimeError)):
         adapt(model, method)(params, adapt(wider, method).init(more, 0), x_of())
+
+
+@pytest.mark.parametrize("method", SMALL, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_stack_is_refused_outside_vmap(method, count):
+    model, params = functional()
+    net = adapt(model, dataclasses.replace(method, target_modules=["up"]))
+    many = population.stack([net.init(params, seed) for seed in range(count)])
+    for use in (lambda: net(params, many, x_of()), lambda: net.merge(params, many), lambda: net.unmerge(params, many)):
+        with pytest.raises((TypeError, NoMergedFormError), match=r"must have shape|does not invert"):
+            use()
+
+
+def test_a_leaf_that_would_broadcast_is_refused():
+    model, params = functional()
+    net = adapt(model, LoRA(r=2, target_modules=["up"]))
+    adapter = net.init(params, 0)
+    short = adapter.replace(params={"up": {**adapter.params["up"], "B": adapter.params["up"]["B"][:1]}})
+    with pytest.raises(TypeError, match="adapter at 'up': leaf 'B' of lora must have shape"):
+        net(params, short, x_of())
+
+
+def test_a_method_may_not_be_replaced_by_a_later_one():
+    model, _ = functional()
+    with pytest.raises(ValueError, match=r"full at 'up.weight': must not replace the weight that lora adapts before it"):
+        adapt(model, [LoRA(target_modules=["up"]), Full(target_modules=["up"])])
+    adapt(model, [Full(target_modules=["up"]), LoRA(target_modules=["up"])])

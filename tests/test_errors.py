@@ -242,6 +242,10 @@ ROWS = [
         "adapter at 'up': leaves must be.*'m'",
     ),
     (lambda: net()(params(), changed(lambda t: t[..., :1]), X), T, r"adapter at 'up': leaf '\w' of lora must have shape"),
+    (lambda: net()(params(), stack([adapter()] * 3), X), T, "a stack goes through torch.func.vmap"),
+    (lambda: net()(params(), adapter(), X, context={}), T, "net: context must be a Context, got dict; pass Context"),
+    (lambda: net(UP, Full(target_modules=["up"])), V, "full at 'up.weight': must not replace the weight that lora adapts"),
+    (lambda: quantize(params(), net().model, NF4()), T, "quantize: a Model is required, got dict; the model comes first"),
     (lambda: net().merge(params(), changed(lambda t: t * torch.nan)), V, "adapter at 'up': leaf 'A' must be finite, got NaN"),
     (
         lambda: net().merge({**params(), "up.weight": params()["up.weight"] / 0}, adapter()),
@@ -435,8 +439,8 @@ ROWS = [
     ),
     (
         lambda folder: save_peft(net(), stack([adapter()] * 2), folder),
-        V,
-        "save_peft at 'up': one adapter is required, got a stack of 2",
+        T,
+        r"adapter at 'up': leaf 'A' of lora must have shape .*got \(2, .*take one of unstack\(adapter\)",
     ),
     (
         lambda folder: saved_tokens(folder),

@@ -5,6 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
+import zoo
 from torch import nn
 
 from funcpeft import targets
@@ -298,3 +299,9 @@ def test_attention_that_reads_its_matrices_is_two_sites():
     assert list(sites_of(apart, LoRA(target_modules=["attn"]))) == [
         f"attn.{n}" for n in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")
     ]
+
+
+def test_a_name_given_as_a_string_is_told_from_a_list():
+    model, _ = zoo.functional("llama")
+    with pytest.raises(NoMatchError, match=r"a string is a regular expression for the whole path, so write \['q_proj'\]"):
+        adapt(model, LoRA(target_modules="q_proj"))

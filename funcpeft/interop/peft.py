@@ -26,7 +26,6 @@ from funcpeft.adapt import Entry, Net, adapt
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model, Params
 from funcpeft.method import Method
-from funcpeft.sitetable import shapes_of
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Base
 
@@ -269,6 +268,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str) -> Any:
     """Returns an adapter of a net whose saved leaves are a file's; what the file does not hold is made as at init."""
     left = {key if key.startswith("base_model.") or not _injected(net) else _ROOT + key: t for key, t in tensors.items()}
+    left = _without_wrappers(left)
     made: list[Adapter] = []
     wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": []}
     for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True)), strict=True):
@@ -280,6 +280,13 @@ def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str) ->
             errors.say(where, "the tensors must be those of the config's sites in this model", "; ".join(parts))
         )
     return made[0] if len(made) == 1 else tuple(made)
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undoes the names under which peft keeps biases of saved modules: the frozen original, and the trained copy."""
+    plain = {k: t for k, t in tensors.items() if ".original_module." not in k}
+    renamed = {k.replace(".modules_to_save.", "."): t for k, t in plain.items() if ".modules_to_save." in k}
+    return {**renamed, **{k: t for k, t in plain.items() if ".modules_to_save." not in k}}
 
 
 def _injected(net: Net) -> bool:
@@ -357,8 +364,8 @@ def save_peft(
         base_model_name_or_path: Where the base comes from, for readers that load it.
 
     Raises:
-        ValueError: If the net has several methods, a field has no place in peft's config, the adapter is stacked, or a
-            leaf is not finite.
+        ValueError: If the net has several methods, a field has no place in peft's config, or a leaf is not finite.
+        TypeError: If the adapter was not made for this net, or is stacked.
     """
     entry = _single(net)
     _require_heads(net, entry, task_type)
@@ -368,7 +375,6 @@ def save_peft(
     net._require_finite(adapter)
     tensors: dict[str, Tensor] = {}
     for one_entry, one in zip(net.entries, given, strict=True):
-        _refuse_stacked(net, one_entry, one)
         for key, _, _, t in _entry_tensors(net, one_entry, one):
             tensors[key] = t.detach().to("cpu").contiguous().clone()
     config = config_of(net, entry, given[net.entries.index(entry)], task_type, base_model_name_or_path)
@@ -408,16 +414,6 @@ def _single(net: Net) -> Entry:
             )
         )
     return own[0]
-
-
-def _refuse_stacked(net: Net, entry: Entry, adapter: Adapter) -> None:
-    fresh = shapes_of(net, entry)
-    for path in {**fresh.params, **fresh.consts}:
-        given = adapter.leaves(path)
-        for name, t in fresh.leaves(path).items():
-            if name in given and given[name].ndim > t.ndim:
-                where, found = f"save_peft at {path!r}", f"a stack of {len(given[name])}"
-                raise ValueError(errors.say(where, "one adapter is required", found, "save each of unstack(adapter)"))
 
 
 def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, name: str | None) -> dict[str, Any]:
