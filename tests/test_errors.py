@@ -85,6 +85,11 @@ def up(**fields):
     return lambda: adapt(model(), LoRA(**{"r": 2, "target_modules": ["up"], **fields}))
 
 
+def without(name):
+    one = adapter()
+    return one.replace(params={p: {n: t for n, t in leaves.items() if n != name} for p, leaves in one.params.items()})
+
+
 def changed(f):
     return adapter().replace(params=tree_map(f, adapter().params))
 
@@ -243,6 +248,7 @@ ROWS = [
     ),
     (lambda: net()(params(), changed(lambda t: t[..., :1]), X), T, r"adapter at 'up': leaf '\w' of lora must have shape"),
     (lambda: net()(params(), stack([adapter()] * 3), X), T, "a stack goes through torch.func.vmap"),
+    (lambda: net()(params(), without("A"), X), T, r"adapter at 'up': leaf 'A' of lora must have shape .*got only \['B'"),
     (lambda: net()(params(), adapter(), X, context={}), T, "net: context must be a Context, got dict; pass Context"),
     (lambda: net(UP, Full(target_modules=["up"])), V, "full at 'up.weight': must not replace the weight that lora adapts"),
     (lambda: quantize(params(), net().model, NF4()), T, "quantize: a Model is required, got dict; the model comes first"),
