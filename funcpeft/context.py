@@ -80,7 +80,7 @@ def _unflatten(static: Any, children: Any) -> Context:
     return made
 
 
-register(Context, _flatten, _unflatten)
+register(Context, _flatten, _unflatten, lambda c: ("seed",) if c._held or isinstance(c.seed, Tensor) else ())
 
 #: The context of a call that names none: evaluation.
 EVAL = Context()

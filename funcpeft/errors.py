@@ -29,6 +29,14 @@ class NoMergedFormError(ValueError):
     """Raised by ``merge`` and ``unmerge`` where a method has no weight that would compute the same."""
 
 
+class CannotRequantizeError(ValueError):
+    """Raised when a weight cannot be stored in a format from its values alone; the message names the alternatives."""
+
+
+class LostUpdateError(ValueError):
+    """Raised when requantizing a merged weight would lose more of the update than was allowed."""
+
+
 def say(where: str, required: str, found: object = None, remedy: str = "") -> str:
     """Builds the one sentence: where, what was required, what was found, what to do."""
     text = f"{where}: {required}"

@@ -23,6 +23,8 @@ class Kind:
 
     name: ClassVar[str]
     takes_ids: ClassVar[bool] = False
+    #: Whether ``adjoint`` is there, so that a product can be differentiated without keeping the weight.
+    has_adjoint: ClassVar[bool] = False
     groups = 1
 
     def matrix(self, stored: Tensor) -> Tensor:
@@ -36,6 +38,10 @@ class Kind:
     def product(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         """Meets an input with the stored weight, bit for bit as the module does."""
         raise TypeError(f"{self.name}: a weight of this kind is read by its module and never meets an input by itself.")
+
+    def adjoint(self, y: Tensor, stored: Tensor) -> Tensor:
+        """Meets an output with the transposed weight: the derivative of ``product`` with respect to its input."""
+        raise TypeError(f"{self.name}: a kind with has_adjoint must say how its transposed weight meets an output.")
 
     def map(self, x: Tensor, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
         """Meets an input with a matrix ``(rows, in)`` at this kind's geometry, without bias."""
@@ -59,6 +65,7 @@ class Linear(Kind):
     """``torch.nn.Linear``: stored ``(out, in)``."""
 
     name: ClassVar[str] = "linear"
+    has_adjoint: ClassVar[bool] = True
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored
@@ -69,6 +76,9 @@ class Linear(Kind):
     def product(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, stored, bias)
 
+    def adjoint(self, y: Tensor, stored: Tensor) -> Tensor:
+        return y @ stored
+
     def map(self, x: Tensor, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
         return F.linear(x, matrix)
 
@@ -78,6 +88,7 @@ class Transposed(Kind):
     """transformers' ``Conv1D`` (GPT-2): stored ``(in, out)``."""
 
     name: ClassVar[str] = "transposed"
+    has_adjoint: ClassVar[bool] = True
 
     def matrix(self, stored: Tensor) -> Tensor:
         return stored.mT
@@ -89,6 +100,9 @@ class Transposed(Kind):
         flat = x.reshape(-1, x.shape[-1])
         y = torch.mm(flat, stored) if bias is None else torch.addmm(bias, flat, stored)
         return y.view(*x.shape[:-1], stored.shape[-1])
+
+    def adjoint(self, y: Tensor, stored: Tensor) -> Tensor:
+        return y @ stored.mT
 
     def map(self, x: Tensor, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
         return F.linear(x, matrix)

@@ -52,7 +52,12 @@ class MergeReport:
         return report_table(self)
 
 
-register(MergeReport, lambda r: ((r.sites,), r.notes), lambda notes, children: MergeReport(next(iter(children)), notes))
+register(
+    MergeReport,
+    lambda r: ((r.sites,), r.notes),
+    lambda notes, children: MergeReport(next(iter(children)), notes),
+    lambda r: ("sites",),
+)
 
 
 def report_table(report: MergeReport) -> str:

@@ -73,7 +73,12 @@ class State:
     memory: dict[str, Memory]
 
 
-register(State, lambda s: ((s.step, s.hyper, s.memory), None), lambda _, children: State(*children))
+register(
+    State,
+    lambda s: ((s.step, s.hyper, s.memory), None),
+    lambda _, children: State(*children),
+    lambda s: ("step", "hyper", "memory"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -38,7 +38,12 @@ class Schedule:
 Hyper = float | Tensor | Schedule | Callable[[Tensor], Tensor]
 
 
-register(Schedule, lambda s: ((s.values,), s.formula), lambda formula, children: Schedule(formula, *children))
+register(
+    Schedule,
+    lambda s: ((s.values,), s.formula),
+    lambda formula, children: Schedule(formula, *children),
+    lambda s: ("values",),
+)
 
 
 def constant(value: float | Tensor) -> Schedule:

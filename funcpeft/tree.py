@@ -60,16 +60,33 @@ class Adapter:
 Adapters = Adapter | tuple[Adapter, ...]
 
 
-def register(node: type, flatten: Callable[..., Any], unflatten: Callable[..., Any]) -> None:
-    """Registers a node type with torch's pytree and with optree; ``flatten`` gives ``(children, static)``."""
-    pytree.register_pytree_node(node, flatten, lambda children, static: unflatten(static, children))
-    optree.register_pytree_node(node, flatten, unflatten, namespace=NAMESPACE)
+def register(
+    node: type, flatten: Callable[..., Any], unflatten: Callable[..., Any], names: Callable[[Any], tuple[str, ...]]
+) -> None:
+    """Registers a node type with torch's pytree and with optree.
+
+    Args:
+        node: The type.
+        flatten: Gives ``(children, static)`` of an object; static is hashable.
+        unflatten: Makes an object of ``(static, children)``.
+        names: Gives the names of the children of an object, for paths.
+    """
+
+    def keyed(item: Any) -> Any:
+        children, static = flatten(item)
+        return [(pytree.GetAttrKey(n), child) for n, child in zip(names(item), children, strict=True)], static
+
+    pytree.register_pytree_node(
+        node, flatten, lambda children, static: unflatten(static, children), flatten_with_keys_fn=keyed
+    )
+    optree.register_pytree_node(node, lambda item: (*flatten(item), names(item)), unflatten, namespace=NAMESPACE)
 
 
 register(
     Adapter,
     lambda a: ((a.params, a.consts), a.rank_axes),
     lambda axes, children: Adapter(children[0], children[1], axes),
+    lambda a: ("params", "consts"),
 )
 
 

@@ -3,66 +3,25 @@
 An expression is a ``Tensor``, a ``Quantized`` (plain tensors and a static format) or an ``Adapted`` (an expression, a
 method, its leaves). It has two meanings: ``dense``, the stored weight it stands for, and ``meet``, the product with an
 input, which never makes the dense weight where the method can avoid it. Since ``Adapted`` holds an expression, methods
-nest, on quantized bases too. Methods see one layer as a ``Base``. Imports layers, context, tree.
+nest, on quantized bases too. Methods see one layer as a ``Base``. Imports storage, layers, context, tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from funcpeft.context import EVAL, Context
 from funcpeft.layers import Kind
-from funcpeft.tree import Leaves, register
+from funcpeft.storage import Quantized, product
+from funcpeft.tree import Leaves
 
 if TYPE_CHECKING:
     from funcpeft.method import Method
-
-
-class Format(Protocol):
-    """What ``Quantized`` needs of a format; the contract is in ``quant/format.py``."""
-
-    def dequant(self, quantized: Quantized) -> Tensor:
-        """Decodes the weight."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """A weight stored as codes and scales.
-
-    Attributes:
-        data: Plain tensors, under the names that the format gives them.
-        format: The format, a frozen dataclass: how to decode, with its options.
-        shape: Shape of the weight that is stored.
-        dtype: Floating dtype of the weight that is stored.
-    """
-
-    data: dict[str, Tensor]
-    format: Any
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the codes."""
-        return next(iter(self.data.values())).device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(t.nbytes for t in self.data.values())
-
-
-register(
-    Quantized,
-    lambda q: ((q.data,), (q.format, tuple(q.shape), q.dtype)),
-    lambda static, children: Quantized(next(iter(children)), static[0], torch.Size(static[1]), static[2]),
-)
 
 
 @dataclass(frozen=True)
@@ -156,6 +115,14 @@ class Base:
     def shape(self) -> torch.Size:
         """Shape of the matrix, ``(*lead, out, in)``, found without making it."""
         return self.kind.matrix(torch.empty(self.site.shape, device="meta")).shape
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """The stored form of the innermost weight, whose ``format.grid`` has group scales and zeros; ``None`` if dense."""
+        expr = self._expr
+        while isinstance(expr, Adapted):
+            expr = expr.base
+        return expr if isinstance(expr, Quantized) else None
 
     @property
     def channels(self) -> int:
@@ -273,4 +240,6 @@ def meet(expr: Any, site: Site, bias: Tensor | None, x: Tensor, occurrence: int 
         context = expr.context.at(site.salt, occurrence)
         y = expr.method.apply(expr.leaves, Base(site, expr.base, bias, occurrence, common_dtype(expr)), x, context)
         return y if y.dtype == expr.dtype else y.to(expr.dtype)
-    return site.kind.product(x, dense(expr), bias)
+    if isinstance(expr, Quantized):
+        return product(site.kind, x, expr, bias)
+    return site.kind.product(x, expr, bias)

@@ -1,11 +1,12 @@
-r"""Int8: one scale per output row, codes from -127 to 127.
+r"""Int8: the weights of LLM.int8(): codes from -127 to 127, one absmax per output row.
 
-.. math:: \hat W_{ij} = q_{ij}\, s_i, \quad s_i = \max_j |W_{ij}| / 127
+.. math:: \hat W_{ij} = q_{ij}\, s_i / 127, \quad s_i = \max_j |W_{ij}|
 
-qdata: int8 codes, the weight's shape; scale: float32, one per row of the stored weight.
+qdata: int8, the matrix ``(rows, columns)``; scale: float32 ``(rows,)``, the absmax itself. As bitsandbytes stores them (CB and
+SCB), bit for bit. LLM.int8()'s outlier columns are a rule for activations and not part of the weight.
 
 References:
-    Dettmers et al., LLM.int8(), 2022, arXiv 2208.07339, section 2.1 (row-wise absmax; no outlier decomposition here).
+    Dettmers et al., LLM.int8(), 2022, arXiv 2208.07339, section 2.1 (row-wise absmax).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funcpeft.quant.format import Format
-from funcpeft.weights import Quantized
+from funcpeft.quant.blocks import quotient
+from funcpeft.quant.format import Data, Format
+from funcpeft.storage import Quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +28,23 @@ class Int8(Format):
     def misfit(self, shape: torch.Size) -> str | None:
         return None if len(shape) >= 2 else "a weight with rows is required"
 
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        scale = weight.abs().flatten(1).amax(1) / 127
-        shaped = scale.reshape(-1, *(1,) * (weight.ndim - 1))
-        codes = torch.where(shaped > 0, weight / torch.where(shaped > 0, shaped, 1), 0).round()
-        return {"qdata": codes.clamp(-127, 127).to(torch.int8), "scale": scale}
+    def encode(self, weight: Tensor) -> Data:
+        scale = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
+        return {"qdata": _codes(weight, scale), "scale": scale}
+
+    def encode_like(self, weight: Tensor, like: Quantized) -> Data:
+        return {"qdata": _codes(weight, like.data["scale"]), "scale": like.data["scale"]}
 
     def decode(self, quantized: Quantized) -> Tensor:
-        codes, scale = quantized.data["qdata"], quantized.data["scale"]
-        return codes.to(torch.float32) * scale.reshape(-1, *(1,) * (codes.ndim - 1))
+        return quantized.data["qdata"].to(torch.float32) * quantized.data["scale"][:, None] * (1 / 127)
 
     def step(self, quantized: Quantized) -> Tensor:
-        scale = quantized.data["scale"].reshape(-1, *(1,) * (len(quantized.shape) - 1))
-        return (scale / 2).expand(quantized.shape)
+        return (quantized.data["scale"] / 254)[:, None].expand(quantized.data["qdata"].shape).reshape(quantized.shape)
+
+    def grid(self, quantized: Quantized) -> tuple[Tensor, Tensor]:
+        scale = quantized.data["scale"][:, None] / 127
+        return scale, torch.zeros_like(scale)
+
+
+def _codes(weight: Tensor, scale: Tensor) -> Tensor:
+    return (weight * quotient(torch.full_like(scale, 127), scale)[:, None]).round().clamp(-127, 127).to(torch.int8)

@@ -2,8 +2,10 @@ r"""NF4: four bits at the quantiles of a normal distribution, one absmax scale p
 
 .. math:: \hat W_k = s_{\lfloor k / b \rfloor}\, c_{q_k}, \quad s = \max_{\text{block}} |W|
 
-c: the 16 levels, from -1 to 1 with an exact 0; b: block size, counted along the flattened weight. qdata: uint8, two codes a
-byte, the earlier entry in the high half; scale: float32, one per block.
+c: the 16 levels, ascending from -1 to 1 with an exact 0; b: block size, counted along the flattened weight. qdata: uint8
+``(ceil(n / 2),)``, two codes a byte, the earlier entry in the high half; scale: float32 ``(ceil(n / b),)``. With
+``double_quant``: scale uint8 ``(ceil(n / b),)``, nested_scale float32 ``(ceil(n / b / 256),)``, offset float32 ``()``. As
+bitsandbytes stores it, bit for bit; its CPU kernel (0.50) decodes wrongly where a row is even and no multiple of b.
 
 References:
     Dettmers et al., QLoRA, 2023, arXiv 2305.14314, section 3 and appendix E (the levels).
@@ -11,15 +13,10 @@ References:
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from funcpeft.quant.format import Format
-from funcpeft.weights import Quantized
+from funcpeft.quant.lookup import Lookup
 
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -29,38 +26,12 @@ LEVELS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class NF4(Format):
+class NF4(Lookup):
     """Blockwise 4-bit NormalFloat.
 
     Args:
-        block_size: Number of consecutive entries that share a scale; even.
+        block_size: Number of consecutive entries of the flattened weight that share a scale; even.
+        double_quant: Whether the scales are stored in eight bits too.
     """
 
-    block_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.block_size < 2 or self.block_size % 2:
-            raise ValueError(f"nf4: block_size must be even and positive, got {self.block_size}.")
-
-    def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        flat = weight.reshape(-1)
-        blocks = F.pad(flat, (0, -flat.numel() % self.block_size)).reshape(-1, self.block_size)
-        scale = blocks.abs().amax(1)
-        levels = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
-        unit = torch.where(scale[:, None] > 0, blocks / torch.where(scale > 0, scale, 1)[:, None], 0)
-        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).reshape(-1).to(torch.uint8)
-        packed = (codes[0::2] << 4) | codes[1::2]
-        return {"qdata": packed[: (flat.numel() + 1) // 2].clone(), "scale": scale}  # the padding is not kept
-
-    def decode(self, quantized: Quantized) -> Tensor:
-        packed, blocks = quantized.data["qdata"], quantized.data["scale"].shape[0]
-        codes = torch.stack((packed >> 4, packed & 15), dim=-1).reshape(-1)
-        codes = F.pad(codes, (0, blocks * self.block_size - codes.shape[0])).reshape(blocks, self.block_size)
-        levels = torch.tensor(LEVELS, dtype=torch.float32, device=packed.device)
-        values = levels[codes.to(torch.int64)] * quantized.data["scale"][:, None]
-        return values.reshape(-1)[: quantized.shape.numel()].reshape(quantized.shape)
-
-    def step(self, quantized: Quantized) -> Tensor:
-        widest = max(b - a for a, b in itertools.pairwise(LEVELS)) / 2
-        steps = (quantized.data["scale"] * widest).repeat_interleave(self.block_size)
-        return steps[: quantized.shape.numel()].reshape(quantized.shape)
+    levels: ClassVar[tuple[float, ...]] = LEVELS

@@ -1,0 +1,140 @@
+"""What NF4 and FP4 share: four-bit codes into 16 levels, one absmax scale per block of the flattened weight.
+
+.. math:: \\hat W_k = s_{\\lfloor k / b \\rfloor}\\, c_{q_k}, \\quad s = \\max_{\\text{block}} |W|
+
+With ``double_quant`` the scales are stored in eight bits: less their mean, as codes into 256 levels of a dynamic data type,
+one scale of their own per 256. Imports format.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcpeft.quant.blocks import quotient
+from funcpeft.quant.format import Data, Format
+from funcpeft.storage import Quantized
+
+#: Scales per block of the second quantization.
+NESTED = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookup(Format):
+    """Blockwise four-bit codes into a table.
+
+    Args:
+        block_size: Number of consecutive entries of the flattened weight that share a scale; even.
+        double_quant: Whether the scales are quantized too.
+    """
+
+    block_size: int = 64
+    double_quant: bool = False
+
+    #: The level of every code.
+    levels: ClassVar[tuple[float, ...]] = ()
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        ok = isinstance(size, int) and not isinstance(size, bool) and size > 0 and size % 2 == 0
+        self.require(ok, "block_size", "even and positive", size)
+        self.require(isinstance(self.double_quant, bool), "double_quant", "True or False", self.double_quant)
+
+    @classmethod
+    def examples(cls) -> tuple[Format, ...]:
+        return (cls(), cls(block_size=32), cls(block_size=128, double_quant=True))
+
+    def encode(self, weight: Tensor) -> Data:
+        blocks = self._blocks(weight)
+        maxima = blocks.abs().amax(1)
+        if not self.double_quant:
+            return {"qdata": self._codes(blocks, maxima, weight.numel()), "scale": maxima}
+        stored = nested(maxima)
+        return {"qdata": self._codes(blocks, unnested(stored), weight.numel()), **stored}
+
+    def encode_like(self, weight: Tensor, like: Quantized) -> Data:
+        codes = self._codes(self._blocks(weight), self.scales(like), weight.numel())
+        return {**like.data, "qdata": codes}
+
+    def _blocks(self, weight: Tensor) -> Tensor:
+        flat = weight.reshape(-1)
+        return F.pad(flat, (0, -flat.numel() % self.block_size)).reshape(-1, self.block_size)
+
+    def _codes(self, blocks: Tensor, scale: Tensor, count: int) -> Tensor:
+        """Returns the codes of the nearest levels, two a byte, the earlier entry in the high half."""
+        order = sorted(range(16), key=lambda i: self.levels[i])
+        levels = torch.tensor([self.levels[i] for i in order], dtype=torch.float32, device=blocks.device)
+        ranks = torch.bucketize(quotient(blocks, scale[:, None]), (levels[1:] + levels[:-1]) / 2)
+        codes = torch.tensor(order, dtype=torch.uint8, device=blocks.device).index_select(0, ranks.reshape(-1))
+        packed = (codes[0::2] << 4) | codes[1::2]
+        return packed[: (count + 1) // 2].clone()  # the padding of the last block is not kept
+
+    def scales(self, quantized: Quantized) -> Tensor:
+        """Returns the float32 scale of every block."""
+        return unnested(quantized.data) if self.double_quant else quantized.data["scale"]
+
+    def decode(self, quantized: Quantized) -> Tensor:
+        packed, scale, count = quantized.data["qdata"], self.scales(quantized), quantized.shape.numel()
+        # two entries at once: a gather of eight bytes per code pair is three times as fast as one of four per code
+        pairs = _pairs(self.levels).to(packed.device)
+        values = pairs.index_select(0, packed.long()).view(torch.float32)
+        if count == values.shape[0] and count % self.block_size == 0:
+            return (values.reshape(-1, self.block_size) * scale[:, None]).reshape(-1)
+        values = F.pad(values, (0, scale.shape[0] * self.block_size - values.shape[0]))
+        return (values.reshape(-1, self.block_size) * scale[:, None]).reshape(-1)[:count]
+
+    def step(self, quantized: Quantized) -> Tensor:
+        ordered = sorted(self.levels)
+        widest = max(b - a for a, b in zip(ordered, ordered[1:], strict=False)) / 2
+        steps = (self.scales(quantized) * widest).repeat_interleave(self.block_size)
+        return steps[: quantized.shape.numel()].reshape(quantized.shape)
+
+
+@functools.cache
+def _pairs(levels: tuple[float, ...]) -> Tensor:
+    """Returns, per byte, its two levels side by side as one 64-bit number."""
+    table, byte = torch.tensor(levels, dtype=torch.float32, device="cpu"), torch.arange(256, device="cpu")
+    return torch.stack((table[byte >> 4], table[byte & 15]), dim=-1).view(torch.int64).reshape(-1)
+
+
+# -- scales in eight bits ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def dynamic_levels() -> Tensor:
+    """Returns the 256 levels of the signed dynamic data type, ascending.
+
+    A code is a sign, a run of i zeros that gives the decade 10^(i - 6), and a linear fraction in the bits that are left: the
+    middles of 2^i equal parts of [0.1, 1]. With 0 and 1 added there are 256.
+
+    References:
+        Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2016, arXiv 1511.04561, section 3.
+    """
+    found = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        means = (edges[:-1] + edges[1:]) / 2
+        found += [x for m in (10 ** (i - 6) * means).tolist() for x in (m, -m)]
+    return torch.tensor(sorted(found), dtype=torch.float32, device="cpu")
+
+
+def nested(maxima: Tensor) -> Data:
+    """Stores scales in eight bits: ``scale`` uint8, ``nested_scale`` float32 per 256 of them, ``offset`` float32 0-d."""
+    offset = maxima.mean()
+    blocks = F.pad(maxima - offset, (0, -maxima.numel() % NESTED)).reshape(-1, NESTED)
+    largest, levels = blocks.abs().amax(1), dynamic_levels().to(maxima.device)
+    codes = torch.bucketize(quotient(blocks, largest[:, None]), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return {"scale": codes.reshape(-1)[: maxima.numel()].clone(), "nested_scale": largest, "offset": offset}
+
+
+def unnested(data: Data) -> Tensor:
+    """Inverts ``nested`` up to rounding."""
+    codes, largest = data["scale"], data["nested_scale"]
+    values = dynamic_levels().to(codes.device).index_select(0, codes.long())
+    values = F.pad(values, (0, -values.shape[0] % NESTED)).reshape(-1, NESTED) * largest[:, None]
+    return values.reshape(-1)[: codes.shape[0]] + data["offset"]

@@ -1,0 +1,173 @@
+"""Stored weights: the ``Quantized`` node, and the one product of an input with it.
+
+A product decodes the weight and meets it. Where a gradient may flow to the input, ``torch.func`` and autograd would keep the
+decoded weight until the backward pass; ``product`` keeps the codes instead and decodes a second time (Chen et al., Training
+Deep Nets with Sublinear Memory Cost, 2016, arXiv 1604.06174, applied to one matrix). Nothing else in the package multiplies
+by a quantized weight. Imports layers, tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from funcpeft.layers import Kind
+from funcpeft.tree import register
+
+#: The most tensors that a format may store per weight: the product is an autograd function of fixed arity, since torch
+#: 2.13's tracer mixes up the arguments of one with ``*args``.
+SLOTS = 6
+
+
+class Format(Protocol):
+    """What ``Quantized`` needs of a format; the contract is in ``quant/format.py``."""
+
+    def dequant(self, quantized: Quantized) -> Tensor:
+        """Decodes the weight."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A weight stored as codes and scales. A tree node: its children are the tensors, everything else is static.
+
+    Attributes:
+        data: Plain tensors, under the names that the format gives them.
+        format: The format, a frozen dataclass: how to decode, with its options.
+        shape: Shape of the weight that is stored.
+        dtype: Floating dtype of the weight that is stored.
+    """
+
+    data: Mapping[str, Tensor]
+    format: Any
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the codes."""
+        return next(iter(self.data.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(t.nbytes for t in self.data.values())
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Quantized:
+        """Moves every tensor to a device; a dtype is that of the decoded weight, and changes no code and no scale."""
+        data = {n: t.to(device=device) for n, t in self.data.items()}
+        return replace(self, data=data, dtype=dtype or self.dtype)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        return f"Quantized({shape} {str(self.dtype).removeprefix('torch.')} as {self.format!r}, {self.nbytes:,} bytes)"
+
+
+register(
+    Quantized,
+    lambda q: (tuple(q.data.values()), (tuple(q.data), q.format, tuple(q.shape), q.dtype)),
+    lambda static, children: _made(static, children),
+    lambda q: tuple(q.data),
+)
+
+Static = tuple[tuple[str, ...], Any, tuple[int, ...], torch.dtype]
+
+
+def _made(static: Static, children: Any) -> Quantized:
+    names, fmt, shape, dtype = static
+    return Quantized(dict(zip(names, children, strict=True)), fmt, torch.Size(shape), dtype)
+
+
+def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None) -> Tensor:
+    """Meets an input with a stored weight.
+
+    Args:
+        kind: How the weight meets an input.
+        x: The input, ``(..., in)`` for a linear layer; of the weight's dtype unless it holds ids.
+        quantized: The weight.
+        bias: ``(out,)``, or ``None``.
+
+    Note:
+        Under ``torch.compile`` the weight is decoded in the graph, whose partitioner decides what is kept. A gradient with
+        respect to floating leaves (scales) goes through plain operations too.
+    """
+    tensors = tuple(quantized.data.values())
+    if not (kind.has_adjoint and torch.is_grad_enabled()) or torch.compiler.is_compiling() or _differentiated(tensors):
+        return kind.product(x, quantized.format.dequant(quantized), bias)
+    slots = (*tensors, *(None,) * (SLOTS - len(tensors)))
+    static = (tuple(quantized.data), quantized.format, tuple(quantized.shape), quantized.dtype)
+    return _Product.apply(x, bias, *slots, static, kind, False)  # type: ignore[return-value]
+
+
+def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
+    floats = [t for t in tensors if t.is_floating_point()]
+    return any(t.requires_grad or forward_ad.unpack_dual(t).tangent is not None for t in floats)
+
+
+def _plain(
+    x: Tensor, bias: Tensor | None, tensors: tuple[Tensor, ...], static: Static, kind: Kind, adjoint: bool
+) -> Tensor:
+    weight = static[1].dequant(_made(static, tensors))
+    return kind.adjoint(x, weight) if adjoint else kind.product(x, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """The product or, with ``adjoint``, its transpose; the derivative of each is the other, so both decode anew."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor | None,
+        c: Tensor | None,
+        d: Tensor | None,
+        e: Tensor | None,
+        f: Tensor | None,
+        static: Static,
+        kind: Kind,
+        adjoint: bool,
+    ) -> Tensor:
+        tensors = tuple(t for t in (a, b, c, d, e, f) if t is not None)
+        return _plain(x, bias, tensors, static, kind, adjoint)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, bias, *slots, static, kind, adjoint = inputs
+        ctx.static = (static, kind, adjoint)
+        ctx.has_bias, ctx.shape = bias is not None, output.shape
+        ctx.save_for_backward(*slots)
+        ctx.save_for_forward(*slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        static, kind, adjoint = ctx.static
+        dx = _Product.apply(grad, None, *ctx.saved_tensors, static, kind, not adjoint) if ctx.needs_input_grad[0] else None
+        db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
+        return dx, db, *(None,) * (SLOTS + 3)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, db: Tensor | None, *rest: Any) -> Any:  # type: ignore[override]
+        static, kind, adjoint = ctx.static
+        parts = [] if dx is None else [_Product.apply(dx, None, *ctx.saved_tensors, static, kind, adjoint)]
+        parts += [] if db is None else [db.expand(ctx.shape)]
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, bias: Any, *rest: Any) -> Any:  # type: ignore[override]
+        *slots, static, kind, adjoint = rest
+        if all(d is None for d in in_dims[1:]):  # the weight is shared: one product over all members, decoded once
+            return _Product.apply(x.movedim(in_dims[0], 0), bias, *rest), 0
+        used = [i for i, t in enumerate(slots) if t is not None]
+
+        def one(x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+            return _plain(x, bias, tensors, static, kind, adjoint)
+
+        dims = (in_dims[0], in_dims[1], *(in_dims[2 + i] for i in used))
+        mapped = torch.func.vmap(one, in_dims=dims, randomness=info.randomness)
+        return mapped(x, bias, *(slots[i] for i in used)), 0
