@@ -8,7 +8,8 @@ from funcpeft import optim, testing
 from funcpeft.adapt import Net, adapt, peft_init
 from funcpeft.context import Context
 from funcpeft.errors import CheckpointError, NoMatchError, NoMergedFormError
-from funcpeft.functional import Model, functionalize
+from funcpeft.functional import Model
+from funcpeft.interop.modules import functionalize
 from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method

@@ -13,7 +13,7 @@ Imports skeleton, caches, weights, layers, rng, errors.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -300,27 +300,28 @@ def _sites(model: Model) -> Iterator[Site]:
         )
 
 
-def functionalize(module: nn.Module) -> tuple[Model, Params]:
-    """Turns a module into a pure function and a flat tree of its tensors.
+def functionalize(
+    module: nn.Module, *, replaced: Mapping[str, tuple[nn.Module, Params]] | None = None
+) -> tuple[Model, Params]:
+    """Turns a module into a pure function and a flat tree of its tensors; ``interop.modules`` has the public form.
 
     Args:
         module: Any ``nn.Module``. It is never written, and its storage is shared, not copied. The function runs in eval mode.
+        replaced: Layers that do not take part, by dotted name: the module on the meta device that stands for each, and
+            the leaves of that module by name.
 
     Returns:
-        ``(model, params)``: ``model(params, *args, **kwargs)`` returns exactly what the module's forward returns;
-        ``params`` holds parameters and buffers by dotted name, detached, tied ones once (``model.ties`` maps aliases).
+        ``(model, params)``.
 
     Raises:
         TypeError: If ``module`` is not an ``nn.Module`` or cannot be copied.
         ValueError: If a parameter or buffer holds no data (on the meta device, or of a lazy module).
-
-    Note:
-        State that a forward keeps in attributes starts each call as it was when this function was called. A forward that
-        changes one of its *parameters* in place (only ``max_norm`` of torch's layers does) would change the caller's leaf.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(errors.say("functionalize", "an nn.Module is required", type(module).__name__))
+    replaced = replaced or {}
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {name: t for name, t in tensors.items() if not any(name.startswith(f"{path}.") for path in replaced)}
     for name, t in tensors.items():
         lazy = nn.parameter.is_lazy(t)
         if lazy or t.is_meta:
@@ -329,4 +330,12 @@ def functionalize(module: nn.Module) -> tuple[Model, Params]:
             )
             raise ValueError(errors.say(f"functionalize at {name!r}", "every tensor must hold data", found, remedy))
     register_caches()
-    return Model(module), {name: t.detach() for name, t in tensors.items()}
+    params: Params = {name: t.detach() for name, t in tensors.items()}
+    for path, (_, leaves) in replaced.items():
+        params |= {f"{path}.{name}": leaf for name, leaf in leaves.items()}
+    if replaced:
+        modules = dict(module.named_modules(remove_duplicate=False))
+        module = structure(module, {id(modules[path]): plain for path, (plain, _) in replaced.items()})
+    model = Model(module)
+    model.prepare(frozenset(name for name, leaf in params.items() if isinstance(leaf, Quantized)))
+    return model, {name: params[name] for name in model.shapes}

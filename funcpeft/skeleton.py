@@ -388,10 +388,16 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
 
 
-def structure(module: nn.Module) -> nn.Module:
-    """Copies a module's structure with every parameter and buffer on the meta device; ties stay ties, constants are shared."""
-    memo: dict[int, Any] = {}
+def structure(module: nn.Module, replaced: Mapping[int, nn.Module] | None = None) -> nn.Module:
+    """Copies a module's structure with every parameter and buffer on the meta device; ties stay ties, constants are shared.
+
+    ``replaced`` maps ids of submodules to modules that take their places in the copy.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
+    skipped = {id(t) for m in module.modules() if id(m) in memo for t in (*m.parameters(), *m.buffers())}
     for p in module.parameters():
+        if id(p) in skipped:
+            continue
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
     for b in module.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")

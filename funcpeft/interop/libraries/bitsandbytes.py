@@ -1,0 +1,169 @@
+"""bitsandbytes: ``Linear4bit`` and ``Linear8bitLt``, in memory and in checkpoints.
+
+Four bits: ``weight`` uint8 ``(ceil(n / 2), 1)`` in any dtype's view of the same bytes, ``weight.absmax``, ``weight.quant_map``, with
+double quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``, and the rest as JSON in a uint8 tensor
+``weight.quant_state.bitsandbytes__nf4``. Eight bits: ``weight`` int8 ``(out, in)``, ``SCB`` float32 ``(out,)``. The library's
+layers rewrite their weight in an eval forward on some CPUs; such a layer is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from funcpeft import errors
+from funcpeft.errors import CheckpointError
+from funcpeft.interop.library import Library, Taken, Tensors, copied
+from funcpeft.quant.fp4 import FP4
+from funcpeft.quant.int8 import Int8
+from funcpeft.quant.lookup import NESTED, Lookup, dynamic_levels
+from funcpeft.quant.nf4 import NF4
+from funcpeft.storage import Quantized
+
+_FORMATS: dict[str, type[Lookup]] = {"nf4": NF4, "fp4": FP4}
+_STATE = "weight.quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True)
+class BitsAndBytes(Library):
+    """Reader and writer of bitsandbytes."""
+
+    name: ClassVar[str] = "bitsandbytes"
+    quant_methods: ClassVar[tuple[str, ...]] = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+    layer_types: ClassVar[tuple[tuple[str, str], ...]] = (("bitsandbytes.", "Linear4bit"), ("bitsandbytes.", "Linear8bitLt"))
+
+    def take(self, layer: Any, path: str, dtype: torch.dtype, config: Mapping[str, Any]) -> Taken:
+        bias = None if layer.bias is None else copied(layer.bias)
+        if hasattr(layer, "state"):  # Linear8bitLt
+            return Taken(_eight_bit(layer, path, dtype), bias)
+        state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+        if state is None:
+            raise _unready(path, "its weight is not quantized yet", "move the layer to its device first")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise _unready(path, "an eval forward has repacked its weight", "take it before the first forward, or from the file")
+        data = {"qdata": copied(layer.weight.data.view(torch.uint8).reshape(-1)), "scale": copied(state.absmax)}
+        if state.nested:
+            nested = {"nested_scale": copied(state.state2.absmax), "offset": copied(state.offset).reshape(())}
+            data |= nested
+        fmt = _FORMATS[state.quant_type](block_size=state.blocksize, double_quant=state.nested)
+        return Taken(Quantized(data, fmt, torch.Size(state.shape), state.dtype), bias)
+
+    def read(
+        self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, config: Mapping[str, Any], metadata: Any
+    ) -> Quantized | None:
+        if "SCB" in tensors:
+            codes, scale = self.pick(tensors, path, "weight", tuple(shape)), self.pick(tensors, path, "SCB", (shape[0],))
+            if codes.dtype != torch.int8:
+                raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", "'weight' must be int8", codes.dtype))
+            return Quantized({"qdata": codes, "scale": scale.to(torch.float32)}, Int8(), shape, dtype)
+        states = [n for n in tensors if n.startswith(_STATE)]
+        return self._read_four(tensors, path, shape, states[0]) if states else None
+
+    def _read_four(self, tensors: Tensors, path: str, shape: torch.Size, key: str) -> Quantized:
+        state = _state(tensors[key], path)
+        if tuple(state["shape"]) != tuple(shape):
+            raise CheckpointError(
+                errors.say(f"bitsandbytes at {path!r}", f"the shape must be {tuple(shape)}", tuple(state["shape"]))
+            )
+        nested = "nested_blocksize" in state
+        fmt = _FORMATS[state["quant_type"]](block_size=state["blocksize"], double_quant=nested)
+        blocks = -(-shape.numel() // state["blocksize"])
+        packed = self.pick(tensors, path, "weight").view(torch.uint8).reshape(-1)
+        data = {"qdata": packed[: (shape.numel() + 1) // 2], "scale": self.pick(tensors, path, "weight.absmax", (blocks,))}
+        if len(data["qdata"]) != (shape.numel() + 1) // 2:
+            raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", f"{shape.numel()} codes are required", 2 * len(packed)))
+        if nested:
+            data["nested_scale"] = self.pick(tensors, path, "weight.nested_absmax", (-(-blocks // NESTED),))
+            data["offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
+        return Quantized(data, fmt, shape, getattr(torch, state["dtype"]))
+
+    def refuses(self, quantized: Quantized) -> str | None:
+        if not isinstance(quantized.format, Lookup | Int8):
+            return f"bitsandbytes stores nf4, fp4 and int8, not {quantized.format!r}"
+        return None if len(quantized.shape) == 2 else f"bitsandbytes stores matrices, not shape {tuple(quantized.shape)}"
+
+    def write(self, quantized: Quantized, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        data, fmt = quantized.data, quantized.format
+        if isinstance(fmt, Int8):
+            tensors = {"weight": data["qdata"], "SCB": data["scale"], "weight_format": torch.tensor(0, dtype=torch.uint8)}
+            return tensors, {}
+        kind = fmt.label
+        state: dict[str, Any] = {
+            "quant_type": kind,
+            "blocksize": fmt.block_size,
+            "dtype": str(quantized.dtype).removeprefix("torch."),
+            "shape": list(quantized.shape),
+        }
+        tensors = {
+            "weight": data["qdata"][:, None],
+            "weight.absmax": data["scale"],
+            "weight.quant_map": torch.tensor(fmt.levels, dtype=torch.float32),
+        }
+        if fmt.double_quant:
+            state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": float(data["offset"])}
+            tensors |= {"weight.nested_absmax": data["nested_scale"], "weight.nested_quant_map": dynamic_levels()}
+        tensors[_STATE + kind] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return tensors, {}
+
+    def config(self, stored: Mapping[str, Quantized], dense: tuple[str, ...]) -> dict[str, Any]:
+        four = self.same(stored, lambda q: isinstance(q.format, Lookup))
+        made: dict[str, Any] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": four,
+            "load_in_8bit": not four,
+            "_load_in_4bit": four,
+            "_load_in_8bit": not four,
+            "llm_int8_skip_modules": list(dense) or None,
+            "llm_int8_threshold": 6.0,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+        if four:
+            kind, double, dtype = self.same(stored, lambda q: (q.format.label, q.format.double_quant, q.dtype))
+            made |= {
+                "bnb_4bit_quant_type": kind,
+                "bnb_4bit_use_double_quant": double,
+                "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            }
+        return made
+
+
+def _eight_bit(layer: Any, path: str, dtype: torch.dtype) -> Quantized:
+    weight = layer.weight
+    codes = weight.data if weight.data.dtype == torch.int8 else None
+    scale = getattr(weight, "SCB", None)
+    if scale is None:  # the first forward moves it
+        scale = getattr(layer.state, "SCB", None)
+    if codes is None or scale is None:
+        raise _unready(path, "its weight is not quantized yet", "move the layer to its device first")
+    dtype = dtype if layer.bias is None else layer.bias.dtype
+    return Quantized({"qdata": copied(codes), "scale": copied(scale, torch.float32)}, Int8(), codes.shape, dtype)
+
+
+def _state(t: Tensor, path: str) -> dict[str, Any]:
+    """Reads the JSON that describes a four-bit weight.
+
+    Raises:
+        CheckpointError: If it is not JSON, or a field is missing or unknown.
+    """
+    where = f"bitsandbytes at {path!r}"
+    try:
+        state = json.loads(bytes(t.to(torch.uint8).tolist()))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise CheckpointError(errors.say(where, "the quant_state must be JSON", f"{type(e).__name__}: {e}")) from e
+    for field in ("quant_type", "blocksize", "dtype", "shape"):
+        if not isinstance(state, dict) or field not in state:
+            raise CheckpointError(errors.say(where, f"the quant_state must have {field!r}", state))
+    if state["quant_type"] not in _FORMATS:
+        raise CheckpointError(errors.one_of(where, "quant_type", state["quant_type"], _FORMATS))
+    if not isinstance(getattr(torch, str(state["dtype"]), None), torch.dtype):
+        raise CheckpointError(errors.say(where, "dtype must be torch's", state["dtype"]))
+    return state
+
+
+def _unready(path: str, found: str, remedy: str) -> ValueError:
+    return ValueError(errors.say(f"bitsandbytes at {path!r}", "a layer with its weight as quantized is required", found, remedy))
