@@ -18,10 +18,11 @@ from funcpeft import errors, rng, targets
 from funcpeft.context import EVAL, Context
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model, Params
-from funcpeft.merging import MergeReport, merge_params, unmerge_site
+from funcpeft.merging import MergeReport, Target, merge_params, unmerge_site
 from funcpeft.method import Method
 from funcpeft.methods.full import Full
 from funcpeft.methods.trainabletokens import TrainableTokens
+from funcpeft.quant.format import Format
 from funcpeft.sitetable import net_table, shapes_of
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Adapted, Base, Quantized, Site, dense
@@ -261,34 +262,53 @@ class Net:
 
     # -- merging ---------------------------------------------------------------------------------------------------------
 
-    def merge(self, params: Params, adapter: Adapters, *, dtype: torch.dtype | None = None) -> tuple[Params, MergeReport]:
+    def merge(
+        self,
+        params: Params,
+        adapter: Adapters,
+        *,
+        target: str | Format = "dense",
+        min_realised: float | None = 0.9,
+        below: str = "raise",
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Params, MergeReport]:
         """Merges an adapter into weights.
 
         Args:
             params: The base's leaves.
             adapter: What ``net.init`` made, or a tree of its form.
-            dtype: dtype of every floating parameter of the result (buffers keep theirs); by default each keeps its own. Sums
-                are taken in float64 and rounded once.
+            target: How merged weights are stored. ``"dense"``: as tensors, also where the base is quantized.
+                ``"requantize"``: a quantized base's weights on their own grid, which cannot drift. ``"refit"``: in their
+                format with scales estimated anew. A format such as ``Int8()``: every merged weight in that format.
+            min_realised: Storing a weight as codes can round a small update away; less than this fraction of it surviving at
+                a site is an error. ``None`` for no limit; then the report alone says it.
+            below: ``"raise"``, or ``"dense"`` to leave the weights of such sites dense, with a note in the report.
+            dtype: dtype of every floating parameter of the result that is a tensor (buffers keep theirs); by default each
+                keeps its own. Sums are taken in float64 and rounded once.
 
         Returns:
             ``(params, report)``: params for ``model(...)``, in which untouched leaves are shared with the argument, and what
             rounding did at every site. The argument is not changed, and keeping it is the exact undo.
 
         Raises:
+            CannotRequantizeError: If the format of a quantized base cannot be made from a weight.
+            LostUpdateError: If less than ``min_realised`` of the update survives at a site; the message names it.
             NoMergedFormError: If a method has no merged form.
             TypeError: If the adapter was not made for this net; the message names the path and the leaf.
-            ValueError: If a merged weight is not finite.
+            ValueError: If a merged weight is not finite, or ``target`` or ``below`` is none of the above.
         """
+        how = Target(target, min_realised, below, dtype)
         for entry in self.entries:
             _require_merged_form(entry.method)
         self._require_finite(adapter)
         attached = self.attach(params, adapter)
         try:
-            merged, report = merge_params(params, attached, dtype)
-            return merged if dtype is None else self._in_dtype(merged, dtype), report
+            merged, report = merge_params(params, attached, how)
         except (KeyError, RuntimeError) as e:
             self._explain(adapter, e)
             raise
+        self.model.prepare(frozenset(k for k, v in merged.items() if isinstance(v, Quantized)))
+        return merged if dtype is None else self._in_dtype(merged, dtype), report
 
     def unmerge(self, params: Params, adapter: Adapters) -> Params:
         """Takes an adapter out of merged params by inverting its formula; exact up to rounding, unlike keeping the base.

@@ -1,8 +1,9 @@
 """Merging: expressions into weights, measured.
 
-Everything is computed in float64 (float32 on a device without it) and rounded once to the target dtype; the report says
-what that rounding did.
-Base params are never written, so keeping them is the exact undo. Imports weights, tree, errors.
+Everything is computed in float64 (float32 on a device without it) and rounded once, to the target dtype or to a format; the
+report says what that rounding did. Storing a merged weight as codes again can lose most of a small update, so it happens on
+request alone and a loss beyond a threshold is an error. Base params are never written, so keeping them is the exact undo.
+Imports quant, weights, tree, errors.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from funcpeft import errors
 from funcpeft.method import Method
+from funcpeft.quant.format import Format
+from funcpeft.storage import Quantized
 from funcpeft.tree import Leaves, all_finite, register
 from funcpeft.weights import Adapted, Base, Site, cast_leaves, dense, effective
 
@@ -26,6 +29,51 @@ _COLUMNS = {
     "realised": "fraction of the update that is in the stored W': <stored - W, W' - W> / |W' - W|^2",
     "swallowed": "fraction of changed entries that rounding put back to W",
 }
+_STORED_COLUMNS = {
+    "rel_error": "|stored - W'| / |W'| (Frobenius) of a weight stored as codes",
+    "changed_codes": "fraction of entries whose stored value changed; on the same grid, whose code did",
+    "clipped": "fraction of entries beyond the grid",
+}
+_ALL_COLUMNS = {**_COLUMNS, **_STORED_COLUMNS}
+
+#: What ``target`` may be besides a format, and what becomes of a site that would lose too much.
+TARGETS = ("dense", "requantize", "refit")
+BELOW = ("raise", "dense")
+
+
+@dataclass(frozen=True)
+class Target:
+    """How merged weights are stored.
+
+    Attributes:
+        form: ``"dense"``; ``"requantize"``, a quantized base's own grid; ``"refit"``, its format with a new grid; or a format.
+        min_realised: The least fraction of the update that must survive, ``None`` for no limit.
+        below: What to do at a site below it: ``"raise"`` or ``"dense"``.
+        dtype: dtype of dense results, ``None`` for each weight's own.
+    """
+
+    form: str | Format = "dense"
+    min_realised: float | None = 0.9
+    below: str = "raise"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.form, Format) and self.form not in TARGETS:
+            raise ValueError(errors.say("merge", f"target must be one of {errors.listed(TARGETS)} or a format", repr(self.form)))
+        if self.below not in BELOW:
+            raise ValueError(errors.one_of("merge", "below", self.below, BELOW))
+
+    def store(self, exact: Tensor, base: Any) -> Quantized | None:
+        """Stores a weight as this target says; ``None`` where that is a dense tensor."""
+        if isinstance(self.form, Format):
+            made = self.form.requant(exact)
+            return replace(made, dtype=base.dtype)
+        if self.form == "dense" or not isinstance(base, Quantized):
+            return None
+        if self.form == "requantize":
+            return base.format.requant(exact, like=base)
+        return replace(base.format.requant(exact), dtype=base.dtype)
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +81,8 @@ class MergeReport:
     """What a merge did, per site; a tree of tensors, so that a merge under ``vmap`` gives one row per member.
 
     Attributes:
-        sites: ``{path: {column: 0-d tensor}}``; the columns are ``update``, ``error``, ``bound``, ``realised``, ``swallowed``.
+        sites: ``{path: {column: 0-d tensor}}``; the columns are ``update``, ``error``, ``bound``, ``realised``, ``swallowed``,
+            and where the result is stored as codes ``rel_error``, ``changed_codes``, ``clipped``.
         notes: What a reader should know besides, such as tied weights that are no longer tied.
     """
 
@@ -42,10 +91,13 @@ class MergeReport:
 
     def worst(self, column: str) -> tuple[str, float]:
         """Returns the site with the largest (for ``realised`` the smallest) value of a column, and the value."""
-        if column not in _COLUMNS:
-            raise KeyError(errors.one_of("MergeReport", "column", column, _COLUMNS))
+        if column not in _ALL_COLUMNS:
+            raise KeyError(errors.one_of("MergeReport", "column", column, _ALL_COLUMNS))
+        having = [p for p, row in self.sites.items() if column in row]
+        if not having:
+            raise ValueError(errors.say("MergeReport", f"a site with column {column!r} is required", "none"))
         pick = min if column == "realised" else max
-        path = pick(self.sites, key=lambda p: float(self.sites[p][column]))
+        path = pick(having, key=lambda p: float(self.sites[p][column]))
         return path, float(self.sites[path][column])
 
     def __str__(self) -> str:
@@ -65,15 +117,16 @@ def report_table(report: MergeReport) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("site", *_COLUMNS, title="merge", title_justify="left")
+    columns = {n: m for n, m in _ALL_COLUMNS.items() if n in _COLUMNS or any(n in row for row in report.sites.values())}
+    table = Table("site", *columns, title="merge", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for path, row in report.sites.items():
-        table.add_row(path, *(_cell(row[c]) for c in _COLUMNS))
-    console = Console(width=max(100, 60 + max(map(len, report.sites), default=0)), color_system=None)
+        table.add_row(path, *(_cell(row[c]) if c in row else "" for c in columns))
+    console = Console(width=max(100, 20 + 11 * len(columns) + max(map(len, report.sites), default=0)), color_system=None)
     with console.capture() as text:
         console.print(table)
-    lines = [text.get().rstrip(), *(f"  {name}: {meaning}" for name, meaning in _COLUMNS.items()), *report.notes]
+    lines = [text.get().rstrip(), *(f"  {name}: {meaning}" for name, meaning in columns.items()), *report.notes]
     return "\n".join(lines)
 
 
@@ -105,18 +158,47 @@ def stored_as(site: Site, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return site.kind.stored(matrix, site.shape).to(dtype).contiguous()
 
 
-def merge_site(
-    expr: Adapted, bias: Tensor | None, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """Merges one site: stored weight, bias (``None`` if it has none), and the measures.
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """One merged site: its leaf, its bias (``None`` if it has none), the measures, and a note if there is one."""
+
+    leaf: Any
+    bias: Tensor | None
+    measures: dict[str, Tensor]
+    note: str = ""
+
+
+def merge_site(expr: Adapted, bias: Tensor | None, target: Target) -> Merged:
+    """Merges one site.
 
     Raises:
-        ValueError: If the merged weight or bias is not finite.
+        CannotRequantizeError: If its format cannot be made from a weight.
+        LostUpdateError: If storing it loses more of the update than the target allows.
+        ValueError: If the merged weight or bias is not finite, or does not fit the target's format.
     """
     site, base = expr.site, innermost(expr)
     precise = _precise(expr.device)
     matrix, new_bias = effective(widened(expr, precise), site, None if bias is None else bias.to(precise))
-    for name, value in (("weight", matrix), ("bias", new_bias)):
+    _require_finite(site, matrix, new_bias)
+    if new_bias is not None:
+        new_bias = new_bias.to(target.dtype or expr.dtype)
+    before = site.kind.matrix(dense(base)).to(matrix.dtype)
+    stored = _store(site, matrix, base, target)
+    note = ""
+    if stored is not None:
+        measures = {**measure(before, matrix, _decoded(site, stored, matrix)), **_stored_measures(site, matrix, before, stored)}
+        lost = _loss(measures["realised"], target)
+        if lost is None:
+            return Merged(stored, new_bias, measures)
+        if target.below == "raise":
+            raise errors.LostUpdateError(_lost(site, stored, lost, target))
+        note = f"{site.path!r} is dense: stored as {stored.format!r} it would realise {lost:.3g} of its update"
+    leaf = stored_as(site, matrix, target.dtype or expr.dtype)
+    return Merged(leaf, new_bias, measure(before, matrix, site.kind.matrix(leaf).to(matrix.dtype)), note)
+
+
+def _require_finite(site: Site, weight: Tensor, bias: Tensor | None) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and not all_finite(value):
             raise ValueError(
                 errors.say(
@@ -126,10 +208,50 @@ def merge_site(
                     "the adapter or the base is broken there",
                 )
             )
-    stored = stored_as(site, matrix, dtype or expr.dtype)
-    back = site.kind.matrix(stored).to(matrix.dtype)
-    measures = measure(site.kind.matrix(dense(base)).to(matrix.dtype), matrix, back)
-    return stored, None if new_bias is None else new_bias.to(dtype or expr.dtype), measures
+
+
+def _store(site: Site, matrix: Tensor, base: Any, target: Target) -> Quantized | None:
+    try:
+        return target.store(site.kind.stored(matrix, site.shape), base)
+    except ValueError as e:
+        raise type(e)(f"merge at {site.path!r}: {e}") from e
+
+
+def _decoded(site: Site, stored: Quantized, matrix: Tensor) -> Tensor:
+    return site.kind.matrix(dense(stored)).to(matrix.dtype)
+
+
+def _stored_measures(site: Site, matrix: Tensor, before: Tensor, stored: Quantized) -> dict[str, Tensor]:
+    back, one = _decoded(site, stored, matrix), torch.ones((), dtype=matrix.dtype, device=matrix.device)
+    norm = matrix.square().sum().sqrt()
+    return {
+        "rel_error": (back - matrix).square().sum().sqrt() / torch.where(norm > 0, norm, one),
+        "changed_codes": (back != before).to(matrix.dtype).mean(),
+        "clipped": stored.format.clipped(site.kind.stored(matrix, site.shape), stored),
+    }
+
+
+def _loss(realised: Tensor, target: Target) -> float | None:
+    """Returns the realised fraction if it is below the target's limit.
+
+    Raises:
+        TypeError: Under ``vmap``, where it cannot be looked at.
+    """
+    if target.min_realised is None:
+        return None
+    try:
+        value = float(realised)
+    except RuntimeError as e:
+        rule = "whether an update survives requantizing cannot be seen under a transform"
+        remedy = "merge member by member, merge dense, or pass min_realised=None and read report.sites[...]['realised']"
+        raise TypeError(errors.say("merge", rule, None, remedy)) from e
+    return value if value < target.min_realised else None
+
+
+def _lost(site: Site, stored: Quantized, realised: float, target: Target) -> str:
+    rule = f"at least {target.min_realised} of the update must survive being stored as {stored.format!r}"
+    remedy = "merge with target='dense', let such sites be dense with below='dense', or lower min_realised"
+    return errors.say(f"merge at {site.path!r}", rule, f"{realised:.3g}", remedy)
 
 
 def unmerge_site(
@@ -162,22 +284,25 @@ def innermost(expr: Any) -> Any:
 
 
 def merge_params(
-    plain: Mapping[str, Any], attached: Mapping[str, Any], dtype: torch.dtype | None
+    plain: Mapping[str, Any], attached: Mapping[str, Any], target: Target
 ) -> tuple[dict[str, Any], MergeReport]:
-    """Merges a tree of params with expressions: every ``Adapted`` leaf becomes a tensor, all others are shared."""
+    """Merges a tree of params with expressions: every ``Adapted`` leaf becomes a stored weight, all others are shared."""
     merged, rows, notes = dict(attached), {}, []
     untouched = {id(v) for v in plain.values()}
     for key, expr in attached.items():  # first what is replaced whole, since a weight's method may change its bias then
         if not isinstance(expr, Adapted) and id(expr) not in untouched:
-            merged[key] = expr.to(dtype or expr.dtype, copy=True)
+            merged[key] = expr.to(target.dtype or expr.dtype, copy=True)
     for key, expr in attached.items():
         if not isinstance(expr, Adapted):
             continue
         site = expr.site
         bias = None if site.bias is None else dense(attached[site.bias])
-        merged[key], new_bias, rows[site.path] = merge_site(expr, bias, dtype)
-        if new_bias is not None and site.bias is not None:
-            merged[site.bias] = new_bias
+        one = merge_site(expr, bias, target)
+        merged[key], rows[site.path] = one.leaf, one.measures
+        if one.bias is not None and site.bias is not None:
+            merged[site.bias] = one.bias
+        if one.note:
+            notes.append(one.note)
     for key in attached.keys() - plain.keys():
         notes.append(f"{key!r} was tied and now has a tensor of its own")
     return merged, MergeReport(rows, tuple(sorted(notes)))

@@ -23,6 +23,10 @@ from funcpeft.tree import register
 #: 2.13's tracer mixes up the arguments of one with ``*args``.
 SLOTS = 6
 
+#: Entries from which a weight is decoded again in backward rather than kept: a megabyte in float32. Below it the autograd
+#: function costs more time than the decoding does, and what it saves is small.
+RECOMPUTE_FROM = 2**18
+
 
 class Format(Protocol):
     """What ``Quantized`` needs of a format; the contract is in ``quant/format.py``."""
@@ -93,15 +97,20 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None) ->
         bias: ``(out,)``, or ``None``.
 
     Note:
-        Under ``torch.compile`` the weight is decoded in the graph, whose partitioner decides what is kept. A gradient with
+        Weights of fewer than ``RECOMPUTE_FROM`` entries are kept. Under ``torch.compile`` the weight is decoded in the graph, whose partitioner decides what is kept. A gradient with
         respect to floating leaves (scales) goes through plain operations too.
     """
     tensors = tuple(quantized.data.values())
-    if not (kind.has_adjoint and torch.is_grad_enabled()) or torch.compiler.is_compiling() or _differentiated(tensors):
+    if not (kind.has_adjoint and _recomputes(quantized) and not _differentiated(tensors)):
         return kind.product(x, quantized.format.dequant(quantized), bias)
     slots = (*tensors, *(None,) * (SLOTS - len(tensors)))
     static = (tuple(quantized.data), quantized.format, tuple(quantized.shape), quantized.dtype)
     return _Product.apply(x, bias, *slots, static, kind, False)  # type: ignore[return-value]
+
+
+def _recomputes(quantized: Quantized) -> bool:
+    large = quantized.shape.numel() >= RECOMPUTE_FROM
+    return large and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
@@ -147,7 +156,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         static, kind, adjoint = ctx.static
-        dx = _Product.apply(grad, None, *ctx.saved_tensors, static, kind, not adjoint) if ctx.needs_input_grad[0] else None
+        dx = _transposed(grad, ctx.saved_tensors, static, kind, adjoint) if ctx.needs_input_grad[0] else None
         db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
         return dx, db, *(None,) * (SLOTS + 3)
 
@@ -171,3 +180,9 @@ class _Product(torch.autograd.Function):
         dims = (in_dims[0], in_dims[1], *(in_dims[2 + i] for i in used))
         mapped = torch.func.vmap(one, in_dims=dims, randomness=info.randomness)
         return mapped(x, bias, *(slots[i] for i in used)), 0
+
+
+def _transposed(grad: Tensor, slots: tuple[Any, ...], static: Static, kind: Kind, adjoint: bool) -> Tensor:
+    if torch.is_grad_enabled():  # a second derivative may follow, as torch.func.grad always allows for
+        return _Product.apply(grad, None, *slots, static, kind, not adjoint)  # type: ignore[return-value]
+    return _plain(grad, None, tuple(t for t in slots if t is not None), static, kind, not adjoint)

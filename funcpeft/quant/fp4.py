@@ -14,9 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from funcpeft.quant.lookup import Lookup
+from torch import Tensor
+
+from funcpeft.quant.lookup import Lookup, pair_table
 
 _MAGNITUDES = (0.0, 0.0052083333, 0.6666666667, 1.0, 0.3333333333, 0.5, 0.1666666667, 0.25)
+_LEVELS = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,4 +31,5 @@ class FP4(Lookup):
         double_quant: Whether the scales are stored in eight bits too.
     """
 
-    levels: ClassVar[tuple[float, ...]] = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))
+    levels: ClassVar[tuple[float, ...]] = _LEVELS
+    pairs: ClassVar[Tensor] = pair_table(_LEVELS)

@@ -8,7 +8,6 @@ one scale of their own per 256. Imports format.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +37,8 @@ class Lookup(Format):
 
     #: The level of every code.
     levels: ClassVar[tuple[float, ...]] = ()
+    #: ``pair_table(levels)``, made once; a tracer makes its own, since it cannot take in a tensor from outside everywhere.
+    pairs: ClassVar[Tensor]
 
     def __post_init__(self) -> None:
         size = self.block_size
@@ -81,8 +82,8 @@ class Lookup(Format):
     def decode(self, quantized: Quantized) -> Tensor:
         packed, scale, count = quantized.data["qdata"], self.scales(quantized), quantized.shape.numel()
         # two entries at once: a gather of eight bytes per code pair is three times as fast as one of four per code
-        pairs = _pairs(self.levels).to(packed.device)
-        values = pairs.index_select(0, packed.long()).view(torch.float32)
+        pairs = pair_table(self.levels) if torch.compiler.is_compiling() else self.pairs
+        values = pairs.to(packed.device).index_select(0, packed.long()).view(torch.float32)
         if count == values.shape[0] and count % self.block_size == 0:
             return (values.reshape(-1, self.block_size) * scale[:, None]).reshape(-1)
         values = F.pad(values, (0, scale.shape[0] * self.block_size - values.shape[0]))
@@ -95,9 +96,8 @@ class Lookup(Format):
         return steps[: quantized.shape.numel()].reshape(quantized.shape)
 
 
-@functools.cache
-def _pairs(levels: tuple[float, ...]) -> Tensor:
-    """Returns, per byte, its two levels side by side as one 64-bit number."""
+def pair_table(levels: tuple[float, ...]) -> Tensor:
+    """Returns, per byte, its two levels side by side as one 64-bit number: int64 ``(256,)``."""
     table, byte = torch.tensor(levels, dtype=torch.float32, device="cpu"), torch.arange(256, device="cpu")
     return torch.stack((table[byte >> 4], table[byte & 15]), dim=-1).view(torch.int64).reshape(-1)
 
@@ -105,7 +105,6 @@ def _pairs(levels: tuple[float, ...]) -> Tensor:
 # -- scales in eight bits ------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def dynamic_levels() -> Tensor:
     """Returns the 256 levels of the signed dynamic data type, ascending.
 
@@ -123,11 +122,14 @@ def dynamic_levels() -> Tensor:
     return torch.tensor(sorted(found), dtype=torch.float32, device="cpu")
 
 
+_DYNAMIC = dynamic_levels()
+
+
 def nested(maxima: Tensor) -> Data:
     """Stores scales in eight bits: ``scale`` uint8, ``nested_scale`` float32 per 256 of them, ``offset`` float32 0-d."""
     offset = maxima.mean()
     blocks = F.pad(maxima - offset, (0, -maxima.numel() % NESTED)).reshape(-1, NESTED)
-    largest, levels = blocks.abs().amax(1), dynamic_levels().to(maxima.device)
+    largest, levels = blocks.abs().amax(1), _DYNAMIC.to(maxima.device)
     codes = torch.bucketize(quotient(blocks, largest[:, None]), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
     return {"scale": codes.reshape(-1)[: maxima.numel()].clone(), "nested_scale": largest, "offset": offset}
 
@@ -135,6 +137,7 @@ def nested(maxima: Tensor) -> Data:
 def unnested(data: Data) -> Tensor:
     """Inverts ``nested`` up to rounding."""
     codes, largest = data["scale"], data["nested_scale"]
-    values = dynamic_levels().to(codes.device).index_select(0, codes.long())
+    levels = dynamic_levels() if torch.compiler.is_compiling() else _DYNAMIC
+    values = levels.to(codes.device).index_select(0, codes.long())
     values = F.pad(values, (0, -values.shape[0] % NESTED)).reshape(-1, NESTED) * largest[:, None]
     return values.reshape(-1)[: codes.shape[0]] + data["offset"]

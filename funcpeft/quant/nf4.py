@@ -16,7 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from funcpeft.quant.lookup import Lookup
+from torch import Tensor
+
+from funcpeft.quant.lookup import Lookup, pair_table
 
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -35,3 +37,4 @@ class NF4(Lookup):
     """
 
     levels: ClassVar[tuple[float, ...]] = LEVELS
+    pairs: ClassVar[Tensor] = pair_table(LEVELS)
