@@ -7,7 +7,7 @@ trees. The public names, re-exported; nothing is computed here.
 from funcpeft import optim, testing
 from funcpeft.adapt import Net, adapt, peft_init
 from funcpeft.context import Context
-from funcpeft.errors import CheckpointError, NoMatchError, NoMergedFormError
+from funcpeft.errors import CannotRequantizeError, CheckpointError, LostUpdateError, NoMatchError, NoMergedFormError
 from funcpeft.functional import Model
 from funcpeft.interop.modules import functionalize
 from funcpeft.interop.peft import load_peft, save_peft
@@ -33,10 +33,12 @@ from funcpeft.methods import (
 )
 from funcpeft.population import stack, unstack
 from funcpeft.quant import NF4, Int8
-from funcpeft.quantization import dequantize, quantize
+from funcpeft.quant.format import Format
+from funcpeft.quantization import QuantizationReport, dequantize, quantization_report, quantize, to
+from funcpeft.storage import Quantized
 from funcpeft.train import value_and_grad
 from funcpeft.tree import Adapter
-from funcpeft.weights import Base, Quantized
+from funcpeft.weights import Base
 
 __version__ = "0.1.0"
 
@@ -47,9 +49,11 @@ __all__ = [
     "Adapter",
     "Additive",
     "Base",
+    "CannotRequantizeError",
     "CheckpointError",
     "Context",
     "DoRA",
+    "Format",
     "FourierFT",
     "Full",
     "Int8",
@@ -57,6 +61,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LostUpdateError",
     "MergeReport",
     "Method",
     "MiSS",
@@ -66,6 +71,7 @@ __all__ = [
     "NoMergedFormError",
     "PrefixTuning",
     "PromptTuning",
+    "QuantizationReport",
     "Quantized",
     "RoAd",
     "SHiRA",
@@ -77,10 +83,12 @@ __all__ = [
     "load_peft",
     "optim",
     "peft_init",
+    "quantization_report",
     "quantize",
     "save_peft",
     "stack",
     "testing",
+    "to",
     "unstack",
     "value_and_grad",
 ]

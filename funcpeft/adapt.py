@@ -74,6 +74,11 @@ class Net:
     def __str__(self) -> str:
         return net_table(self)
 
+    def table(self, params: Params) -> str:
+        """Returns the site table with a column that says how each weight is stored in these params."""
+        self._check(params)
+        return net_table(self, params)
+
     def __deepcopy__(self, memo: Any) -> Net:
         return self
 

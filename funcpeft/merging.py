@@ -59,7 +59,9 @@ class Target:
 
     def __post_init__(self) -> None:
         if not isinstance(self.form, Format) and self.form not in TARGETS:
-            raise ValueError(errors.say("merge", f"target must be one of {errors.listed(TARGETS)} or a format", repr(self.form)))
+            raise ValueError(
+                errors.say("merge", f"target must be one of {errors.listed(TARGETS)} or a format", repr(self.form))
+            )
         if self.below not in BELOW:
             raise ValueError(errors.one_of("merge", "below", self.below, BELOW))
 
@@ -73,7 +75,6 @@ class Target:
         if self.form == "requantize":
             return base.format.requant(exact, like=base)
         return replace(base.format.requant(exact), dtype=base.dtype)
-
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,9 +284,7 @@ def innermost(expr: Any) -> Any:
     return expr
 
 
-def merge_params(
-    plain: Mapping[str, Any], attached: Mapping[str, Any], target: Target
-) -> tuple[dict[str, Any], MergeReport]:
+def merge_params(plain: Mapping[str, Any], attached: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], MergeReport]:
     """Merges a tree of params with expressions: every ``Adapted`` leaf becomes a stored weight, all others are shared."""
     merged, rows, notes = dict(attached), {}, []
     untouched = {id(v) for v in plain.values()}

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from funcpeft.facts import ModelFacts
+from funcpeft.storage import Quantized
 from funcpeft.tree import Adapter
 
 if TYPE_CHECKING:
     from funcpeft.adapt import Entry, Net
 
 
-def net_table(net: Net) -> str:
-    """Prints the site table: path, kind, shape, method, how the weight is used."""
+def net_table(net: Net, params: Mapping[str, Any] | None = None) -> str:
+    """Prints the site table: path, kind, shape, method, how the weight is used and, given params, how it is stored."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("site", "kind", "shape", "dtype", "method", "trained", "weight is", title=repr(net), title_justify="left")
+    if params is not None:
+        table.add_column("stored as")
     total = 0
     for entry in net.entries:
         counts = trainable_counts(net, entry)
@@ -33,6 +37,7 @@ def net_table(net: Net) -> str:
                 type(entry.method).__name__,
                 _count(counts.get(path)),
                 use,
+                *stored_as(net, params, site.weight),
             )
         for scope in counts.keys() - entry.sites.keys():
             table.add_row(
@@ -45,12 +50,20 @@ def net_table(net: Net) -> str:
                 "wraps the call" if entry.method.wraps else "",
             )
         total += sum(counts.values())
-    width = max(100, 70 + max((len(p) for e in net.entries for p in e.sites), default=0))
+    width = max(100, (70 if params is None else 120) + max((len(p) for e in net.entries for p in e.sites), default=0))
     console = Console(width=width, color_system=None)
     with console.capture() as text:
         console.print(table)
     base = sum(s.numel() for k, s in net.model.shapes.items() if k not in net.model.buffers)
     return text.get().rstrip() + f"\n{total:,} trained numbers, {100 * total / max(base, 1):.3g}% of the base's {base:,}"
+
+
+def stored_as(net: Net, params: Mapping[str, Any] | None, key: str) -> tuple[str, ...]:
+    """Says how a leaf is stored; nothing without params."""
+    if params is None:
+        return ()
+    leaf = params[key if key in params else net.model.ties[key]]
+    return (repr(leaf.format) if isinstance(leaf, Quantized) else "dense",)
 
 
 def _count(n: int | None) -> str:

@@ -87,7 +87,7 @@ def _made(static: Static, children: Any) -> Quantized:
     return Quantized(dict(zip(names, children, strict=True)), fmt, torch.Size(shape), dtype)
 
 
-def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None) -> Tensor:
+def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None, *, recompute: bool | None = None) -> Tensor:
     """Meets an input with a stored weight.
 
     Args:
@@ -95,22 +95,24 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None) ->
         x: The input, ``(..., in)`` for a linear layer; of the weight's dtype unless it holds ids.
         quantized: The weight.
         bias: ``(out,)``, or ``None``.
+        recompute: Whether to decode again in backward where that can be done; by default for large weights.
 
     Note:
-        Weights of fewer than ``RECOMPUTE_FROM`` entries are kept. Under ``torch.compile`` the weight is decoded in the graph, whose partitioner decides what is kept. A gradient with
-        respect to floating leaves (scales) goes through plain operations too.
+        Weights of fewer than ``RECOMPUTE_FROM`` entries are kept. Under ``torch.compile`` the weight is decoded in the graph,
+        whose partitioner decides what is kept. A gradient with respect to floating leaves (scales) goes through plain
+        operations too.
     """
     tensors = tuple(quantized.data.values())
-    if not (kind.has_adjoint and _recomputes(quantized) and not _differentiated(tensors)):
+    if not (kind.has_adjoint and _recomputes(quantized, recompute) and not _differentiated(tensors)):
         return kind.product(x, quantized.format.dequant(quantized), bias)
     slots = (*tensors, *(None,) * (SLOTS - len(tensors)))
     static = (tuple(quantized.data), quantized.format, tuple(quantized.shape), quantized.dtype)
     return _Product.apply(x, bias, *slots, static, kind, False)  # type: ignore[return-value]
 
 
-def _recomputes(quantized: Quantized) -> bool:
-    large = quantized.shape.numel() >= RECOMPUTE_FROM
-    return large and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _recomputes(quantized: Quantized, asked: bool | None) -> bool:
+    wanted = quantized.shape.numel() >= RECOMPUTE_FROM if asked is None else asked
+    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
@@ -118,9 +120,7 @@ def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
     return any(t.requires_grad or forward_ad.unpack_dual(t).tangent is not None for t in floats)
 
 
-def _plain(
-    x: Tensor, bias: Tensor | None, tensors: tuple[Tensor, ...], static: Static, kind: Kind, adjoint: bool
-) -> Tensor:
+def _plain(x: Tensor, bias: Tensor | None, tensors: tuple[Tensor, ...], static: Static, kind: Kind, adjoint: bool) -> Tensor:
     weight = static[1].dequant(_made(static, tensors))
     return kind.adjoint(x, weight) if adjoint else kind.product(x, weight, bias)
 

@@ -45,7 +45,7 @@ class Dense(Format):
         return self.encode(weight)
 
     def decode(self, quantized: Quantized) -> Tensor:
-        return quantized.data["qdata"].to(torch.float32)
+        return quantized.data["qdata"].to(torch.float32, copy=True)
 
     def step(self, quantized: Quantized) -> Tensor:
         kind = torch.finfo(getattr(torch, self.storage))

@@ -31,6 +31,8 @@ class Format:
 
     #: Why a weight cannot be stored from its values alone; ``""`` if it can.
     decode_only: ClassVar[str] = ""
+    #: The fraction of entries that a refit may leave beyond the grid.
+    clips: ClassVar[float] = 0.0
     #: Whether decoding and refitting gives the same bits again; if not, rounds of it drift and only ``like=`` is stable.
     refits_exactly: ClassVar[bool] = True
 
@@ -40,7 +42,8 @@ class Format:
         Args:
             weight: The weight, of any floating dtype; not changed.
             like: A stored weight of this format and shape whose grid (scales, zeros) is kept: every entry gets the code of
-                its nearest point, so storing again what ``like`` decodes to gives its codes. Without it the grid is fitted anew.
+                its nearest point, so storing again what ``like`` decodes to gives its codes. Without it the grid is fitted
+                anew.
 
         Raises:
             CannotRequantizeError: If the format needs more than the weight; the message names the alternatives.
@@ -123,6 +126,10 @@ class Format:
             TypeError: If the grid is not affine.
         """
         raise TypeError(errors.say(self.label, "an affine grid is required", None, "use Int8 or AffineInt"))
+
+    def sample(self, weight: Tensor) -> Quantized:
+        """Returns a stored weight of the given one's shape for the laws; a format that cannot be made of one draws codes."""
+        return self.requant(weight)
 
     @classmethod
     def examples(cls) -> tuple[Format, ...]:

@@ -1,6 +1,6 @@
-"""What NF4 and FP4 share: four-bit codes into 16 levels, one absmax scale per block of the flattened weight.
+r"""What NF4 and FP4 share: four-bit codes into 16 levels, one absmax scale per block of the flattened weight.
 
-.. math:: \\hat W_k = s_{\\lfloor k / b \\rfloor}\\, c_{q_k}, \\quad s = \\max_{\\text{block}} |W|
+.. math:: \hat W_k = s_{\lfloor k / b \rfloor}\, c_{q_k}, \quad s = \max_{\text{block}} |W|
 
 With ``double_quant`` the scales are stored in eight bits: less their mean, as codes into 256 levels of a dynamic data type,
 one scale of their own per 256. Imports format.
@@ -8,6 +8,7 @@ one scale of their own per 256. Imports format.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +47,16 @@ class Lookup(Format):
         self.require(ok, "block_size", "even and positive", size)
         self.require(isinstance(self.double_quant, bool), "double_quant", "True or False", self.double_quant)
 
+    @property
+    def clips(self) -> float:  # type: ignore[override]
+        """A scale that its own rounding made smaller leaves its block's largest entries beyond the grid."""
+        return 0.05 if self.double_quant else 0.0
+
+    @property
+    def refits_exactly(self) -> bool:  # type: ignore[override]
+        """Scales less their mean, rounded, have another mean: double quantization drifts."""
+        return not self.double_quant
+
     @classmethod
     def examples(cls) -> tuple[Format, ...]:
         return (cls(), cls(block_size=32), cls(block_size=128, double_quant=True))
@@ -68,7 +79,8 @@ class Lookup(Format):
 
     def _codes(self, blocks: Tensor, scale: Tensor, count: int) -> Tensor:
         """Returns the codes of the nearest levels, two a byte, the earlier entry in the high half."""
-        order = sorted(range(16), key=lambda i: self.levels[i])
+        distinct = {level: i for i, level in reversed(list(enumerate(self.levels)))}  # FP4 has two zeros: the first is used
+        order = [distinct[level] for level in sorted(distinct)]
         levels = torch.tensor([self.levels[i] for i in order], dtype=torch.float32, device=blocks.device)
         ranks = torch.bucketize(quotient(blocks, scale[:, None]), (levels[1:] + levels[:-1]) / 2)
         codes = torch.tensor(order, dtype=torch.uint8, device=blocks.device).index_select(0, ranks.reshape(-1))
@@ -91,8 +103,8 @@ class Lookup(Format):
 
     def step(self, quantized: Quantized) -> Tensor:
         ordered = sorted(self.levels)
-        widest = max(b - a for a, b in zip(ordered, ordered[1:], strict=False)) / 2
-        steps = (self.scales(quantized) * widest).repeat_interleave(self.block_size)
+        widest = max(b - a for a, b in itertools.pairwise(ordered)) / 2
+        steps = (self.scales(quantized).abs() * widest).repeat_interleave(self.block_size)
         return steps[: quantized.shape.numel()].reshape(quantized.shape)
 
 
@@ -123,6 +135,7 @@ def dynamic_levels() -> Tensor:
 
 
 _DYNAMIC = dynamic_levels()
+_DYNAMIC_LEVELS = tuple(_DYNAMIC.tolist())
 
 
 def nested(maxima: Tensor) -> Data:
@@ -137,7 +150,7 @@ def nested(maxima: Tensor) -> Data:
 def unnested(data: Data) -> Tensor:
     """Inverts ``nested`` up to rounding."""
     codes, largest = data["scale"], data["nested_scale"]
-    levels = dynamic_levels() if torch.compiler.is_compiling() else _DYNAMIC
+    levels = torch.tensor(_DYNAMIC_LEVELS, dtype=torch.float32) if torch.compiler.is_compiling() else _DYNAMIC
     values = levels.to(codes.device).index_select(0, codes.long())
     values = F.pad(values, (0, -values.shape[0] % NESTED)).reshape(-1, NESTED) * largest[:, None]
     return values.reshape(-1)[: codes.shape[0]] + data["offset"]

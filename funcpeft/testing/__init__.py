@@ -1,7 +1,8 @@
-"""The laws that methods satisfy, for this package's methods and for yours: ``check_method(MyMethod())``."""
+"""The laws that methods and formats satisfy, for this package's and for yours: ``check_method``, ``check_format``."""
 
 from funcpeft.testing.cases import Case
-from funcpeft.testing.conformance import check_law, check_method
+from funcpeft.testing.conformance import check_format, check_format_law, check_law, check_method
+from funcpeft.testing.format_laws import FORMAT_LAWS
 from funcpeft.testing.laws import LAWS
 
-__all__ = ["LAWS", "Case", "check_law", "check_method"]
+__all__ = ["FORMAT_LAWS", "LAWS", "Case", "check_format", "check_format_law", "check_law", "check_method"]

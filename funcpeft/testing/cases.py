@@ -21,6 +21,8 @@ from funcpeft import rng
 from funcpeft.adapt import Net, adapt
 from funcpeft.functional import Model, Params, functionalize
 from funcpeft.method import FrozenDict, Method
+from funcpeft.quant.format import Format
+from funcpeft.quantization import dequantize
 from funcpeft.tree import Adapter, Adapters, as_tuple, tree_leaves
 
 
@@ -62,6 +64,7 @@ class Case:
         dtype: dtype of the base.
         seed: Determines every array.
         geometry: Dims, kernel, stride, padding, dilation and groups of a convolution.
+        format: The format in which the base's matrices are stored where their shape fits it, or ``None``.
     """
 
     method: Method
@@ -72,6 +75,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     seed: int = 0
     geometry: tuple[int, int, int, int, int, int] = (2, 3, 1, 1, 1, 1)
+    format: Format | None = None
 
     def _draw(self, shape: Any, *data: str, scale: float = 1.0) -> Tensor:
         return rng.randn(tuple(shape), rng.generator(self.seed, "/".join(data))).to(torch.float64) * scale
@@ -132,7 +136,15 @@ class Case:
 
     def base(self) -> tuple[Model, Params]:
         """Returns the model and its params."""
-        return functionalize(self.module())
+        model, params = functionalize(self.module())
+        stored = {key: self.format.sample(params[key]) for key in self.stored(model)} if self.format is not None else {}
+        model.prepare(frozenset(stored))
+        return model, {**params, **stored}
+
+    def stored(self, model: Model) -> list[str]:
+        """Lists the keys of the matrices that the case's format stores."""
+        matrices = [k for k, s in model.shapes.items() if len(s) > 1 and k not in model.buffers]
+        return [k for k in matrices if self.format is not None and self.format.fits(model.shapes[k])]
 
     def built(self) -> Built:
         """Builds model, net and input."""
@@ -170,9 +182,14 @@ class Built:
 
     case: Case
     model: Model
-    params: Params
+    params: Params  # where the case has a format, with stored leaves
     net: Net
     x: Tensor
+
+    @functools.cached_property
+    def dense(self) -> Params:
+        """The params with every stored weight decoded."""
+        return dequantize(self.params)
 
     def fresh(self, seed: int | None = None) -> Any:
         """Returns a freshly initialised adapter."""
@@ -198,10 +215,10 @@ class Built:
         """Computes the tolerance of a product: a constant times eps, sqrt(fan-in) and the sizes of weights and inputs."""
         dtype = dtype or self.case.dtype
         sizes = [
-            _row_norm(v) for p in (self.params, *params) for v in p.values() if isinstance(v, Tensor) and v.is_floating_point()
+            _row_norm(v) for p in (self.dense, *params) for v in p.values() if isinstance(v, Tensor) and v.is_floating_point()
         ]
         x = float(self.x.abs().max()) if self.x.is_floating_point() else 1.0
-        fan_in = max((int(v[0].numel()) for v in self.params.values() if v.ndim > 1), default=1)
+        fan_in = max((int(v[0].numel()) for v in self.dense.values() if v.ndim > 1), default=1)
         depth = 50.0 if self.case.kind == "call" else 1.0
         return 16 * depth * torch.finfo(dtype).eps * math.sqrt(max(fan_in, 1)) * (1 + max(sizes)) * (1 + x)
 

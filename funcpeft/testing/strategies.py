@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 
 from funcpeft.method import Method
+from funcpeft.quant.format import Format
 from funcpeft.testing.cases import Case
+from funcpeft.testing.format_laws import SHAPES, Stored
 
 SIZES = (1, 2, 3, 4, 6, 8, 12)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -42,6 +45,56 @@ def fitting(method: Method, kind: str) -> tuple[Case, ...]:
         if case.fits():
             found.append(case)
     return tuple(found)
+
+
+#: Sizes of the layers whose weights are stored: formats have blocks of up to 32.
+_STORED_SIZES = (4, 8, 32)
+
+
+@functools.lru_cache(maxsize=65536)
+def storing(method: Method, format: Format, kind: str) -> tuple[Case, ...]:
+    """Lists the cases of a kind that a method's fields fit and in which the format stores the weight of a site."""
+    if kind == "vector":
+        return ()
+    sizes = itertools.product(_STORED_SIZES, _STORED_SIZES) if kind != "call" else ((4, 6),)
+    found = []
+    for (out, in_), bias in itertools.product(sizes, (True,) if kind in ("embedding", "transposed", "call") else (True, False)):
+        case = Case(method, kind, out, in_, bias, format=format)
+        if case.fits() and case.stored(case.base()[0]):
+            found.append(case)
+    return tuple(found)
+
+
+def stored_cases(
+    method: Method, formats: Sequence[Format], dtypes: Sequence[torch.dtype] = DTYPES
+) -> st.SearchStrategy[Case] | None:
+    """Draws cases of a method on bases stored in one of some formats; ``None`` where it takes no matrix."""
+    pairs = [(f, k) for f in formats for k in kinds_of(method) if storing(method, f, k)]
+    if not pairs:
+        return None
+    allowed = [d for d in dtypes if d != torch.bfloat16 or not method.wraps]
+    structure = st.sampled_from(pairs).flatmap(lambda pair: st.sampled_from(storing(method, *pair)))
+    return st.builds(
+        lambda case, dtype, seed: replace(case, dtype=dtype, seed=seed),
+        structure,
+        st.sampled_from(allowed),
+        st.integers(0, 2**16),
+    )
+
+
+def weights(format: Format, dtypes: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[Stored]:
+    """Draws weights of the shapes that fit a format.
+
+    Raises:
+        ValueError: If none of the shapes tried fits.
+    """
+    fitting_shapes = [s for s in SHAPES if format.fits(s)]
+    if not fitting_shapes:
+        raise ValueError(f"weights: {format!r} fits none of the shapes {SHAPES}.")
+    sizes = st.sampled_from([1e-4, 0.02, 1.0, 300.0])
+    return st.builds(
+        Stored, st.just(format), st.sampled_from(fitting_shapes), st.sampled_from(list(dtypes)), st.integers(0, 2**16), sizes
+    )
 
 
 def kinds_of(method: Method) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """bitsandbytes: ``Linear4bit`` and ``Linear8bitLt``, in memory and in checkpoints.
 
-Four bits: ``weight`` uint8 ``(ceil(n / 2), 1)`` in any dtype's view of the same bytes, ``weight.absmax``, ``weight.quant_map``, with
-double quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``, and the rest as JSON in a uint8 tensor
-``weight.quant_state.bitsandbytes__nf4``. Eight bits: ``weight`` int8 ``(out, in)``, ``SCB`` float32 ``(out,)``. The library's
+Four bits: ``weight`` uint8 ``(ceil(n / 2), 1)`` in any dtype's view of the same bytes, ``weight.absmax``,
+``weight.quant_map``, with double quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``, and the rest as JSON in a
+uint8 tensor ``weight.quant_state.bitsandbytes__nf4``. Eight bits: ``weight`` int8 ``(out, in)``, ``SCB`` float32 ``(out,)``. The library's
 layers rewrite their weight in an eval forward on some CPUs; such a layer is refused.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
@@ -45,7 +45,8 @@ class BitsAndBytes(Library):
         if state is None:
             raise _unready(path, "its weight is not quantized yet", "move the layer to its device first")
         if getattr(state, "packing_format_for_cpu", False):
-            raise _unready(path, "an eval forward has repacked its weight", "take it before the first forward, or from the file")
+            remedy = "take it before the first forward, or from the file"
+            raise _unready(path, "an eval forward has repacked its weight", remedy)
         data = {"qdata": copied(layer.weight.data.view(torch.uint8).reshape(-1)), "scale": copied(state.absmax)}
         if state.nested:
             nested = {"nested_scale": copied(state.state2.absmax), "offset": copied(state.offset).reshape(())}
@@ -76,7 +77,8 @@ class BitsAndBytes(Library):
         packed = self.pick(tensors, path, "weight").view(torch.uint8).reshape(-1)
         data = {"qdata": packed[: (shape.numel() + 1) // 2], "scale": self.pick(tensors, path, "weight.absmax", (blocks,))}
         if len(data["qdata"]) != (shape.numel() + 1) // 2:
-            raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", f"{shape.numel()} codes are required", 2 * len(packed)))
+            rule = f"{shape.numel()} codes are required"
+            raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", rule, 2 * len(packed)))
         if nested:
             data["nested_scale"] = self.pick(tensors, path, "weight.nested_absmax", (-(-blocks // NESTED),))
             data["offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
@@ -166,4 +168,5 @@ def _state(t: Tensor, path: str) -> dict[str, Any]:
 
 
 def _unready(path: str, found: str, remedy: str) -> ValueError:
-    return ValueError(errors.say(f"bitsandbytes at {path!r}", "a layer with its weight as quantized is required", found, remedy))
+    rule = "a layer with its weight as quantized is required"
+    return ValueError(errors.say(f"bitsandbytes at {path!r}", rule, found, remedy))
