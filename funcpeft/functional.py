@@ -300,9 +300,7 @@ def _sites(model: Model) -> Iterator[Site]:
         )
 
 
-def functionalize(
-    module: nn.Module, *, replaced: Mapping[str, tuple[nn.Module, Params]] | None = None
-) -> tuple[Model, Params]:
+def functionalize(module: nn.Module, *, replaced: Mapping[str, tuple[nn.Module, Params]] | None = None) -> tuple[Model, Params]:
     """Turns a module into a pure function and a flat tree of its tensors; ``interop.modules`` has the public form.
 
     Args:

@@ -76,9 +76,7 @@ def register(
         children, static = flatten(item)
         return [(pytree.GetAttrKey(n), child) for n, child in zip(names(item), children, strict=True)], static
 
-    pytree.register_pytree_node(
-        node, flatten, lambda children, static: unflatten(static, children), flatten_with_keys_fn=keyed
-    )
+    pytree.register_pytree_node(node, flatten, lambda children, static: unflatten(static, children), flatten_with_keys_fn=keyed)
     optree.register_pytree_node(node, lambda item: (*flatten(item), names(item)), unflatten, namespace=NAMESPACE)
 
 

@@ -64,7 +64,7 @@ FormatLaw = Callable[[Stored], None]
 
 
 def cell(case: Stored) -> None:
-    """An entry errs by at most ``step`` and what computing in float32 rounds, unless it is beyond the grid, which is counted."""
+    """An entry errs by at most ``step`` and what float32 rounds, unless it is beyond the grid, which is counted."""
     if case.format.decode_only:
         return
     w, q = case.weight(), case.quantized()
@@ -198,17 +198,23 @@ def scales(case: Stored) -> None:
     if x is None or not floats:
         return
     for name in floats:
-
-        def through(meet: Callable[[Quantized], Tensor], name: str = name) -> Callable[[Tensor], Tensor]:
-            return lambda t: meet(replace(q, data={**q.data, name: t}, dtype=torch.float32)).square().sum()
-
-        met = through(lambda q: storage.product(Linear(), x.float(), q, None, recompute=True))
-        decoded = through(lambda q: F.linear(x.float(), case.format.dequant(q)))
         t = q.data[name]
+        met, decoded = (_of_leaf(case, q, x.float(), name, recompute) for recompute in (True, False))
         want, got = torch.func.grad(decoded)(t), torch.func.grad(met)(t)
         assert torch.equal(got, want), f"scales: the gradient of {name} is not that of decoding, at {case}"
         tangents = [torch.func.jvp(f, (t,), (torch.ones_like(t),))[1] for f in (met, decoded)]
         assert torch.equal(*tangents), f"scales: the tangent of {name} is not that of decoding, at {case}"
+
+
+def _of_leaf(case: Stored, q: Quantized, x: Tensor, name: str, recompute: bool) -> Map:
+    """Returns a loss as a function of one leaf: through the product, or of the decoded weight."""
+
+    def loss(t: Tensor) -> Tensor:
+        made = replace(q, data={**q.data, name: t}, dtype=torch.float32)
+        y = storage.product(Linear(), x, made, None, recompute=True) if recompute else F.linear(x, case.format.dequant(made))
+        return y.square().sum()
+
+    return loss
 
 
 #: Every law by name.

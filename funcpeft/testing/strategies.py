@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from funcpeft.method import Method
 from funcpeft.quant.format import Format
+from funcpeft.storage import Quantized
 from funcpeft.testing.cases import Case
 from funcpeft.testing.format_laws import SHAPES, Stored
 
@@ -47,8 +48,9 @@ def fitting(method: Method, kind: str) -> tuple[Case, ...]:
     return tuple(found)
 
 
+_BIASED = ("embedding", "transposed", "call")  # kinds whose layers come in one form
 #: Sizes of the layers whose weights are stored: formats have blocks of up to 32.
-_STORED_SIZES = (4, 8, 32)
+_STORED_SIZES = (8, 32)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -57,26 +59,32 @@ def storing(method: Method, format: Format, kind: str) -> tuple[Case, ...]:
     if kind == "vector":
         return ()
     sizes = itertools.product(_STORED_SIZES, _STORED_SIZES) if kind != "call" else ((4, 6),)
-    found = []
-    for (out, in_), bias in itertools.product(sizes, (True,) if kind in ("embedding", "transposed", "call") else (True, False)):
-        case = Case(method, kind, out, in_, bias, format=format)
-        if case.fits() and case.stored(case.base()[0]):
-            found.append(case)
-    return tuple(found)
+    cases = [Case(method, kind, out, in_, format=format) for out, in_ in sizes]
+    return tuple(c for c in cases if _stores(c))
+
+
+def _stores(case: Case) -> bool:
+    try:
+        params = case.built().params
+    except (ValueError, IndexError):
+        return False
+    return any(isinstance(leaf, Quantized) for leaf in params.values())
 
 
 def stored_cases(
     method: Method, formats: Sequence[Format], dtypes: Sequence[torch.dtype] = DTYPES
 ) -> st.SearchStrategy[Case] | None:
     """Draws cases of a method on bases stored in one of some formats; ``None`` where it takes no matrix."""
-    pairs = [(f, k) for f in formats for k in kinds_of(method) if storing(method, f, k)]
+    kinds = ("call",) if method.wraps else sorted(method.kinds)
+    pairs = [(f, k) for f in formats for k in kinds if storing(method, f, k)]
     if not pairs:
         return None
     allowed = [d for d in dtypes if d != torch.bfloat16 or not method.wraps]
     structure = st.sampled_from(pairs).flatmap(lambda pair: st.sampled_from(storing(method, *pair)))
     return st.builds(
-        lambda case, dtype, seed: replace(case, dtype=dtype, seed=seed),
+        lambda case, bias, dtype, seed: replace(case, bias=bias or case.kind in _BIASED, dtype=dtype, seed=seed),
         structure,
+        st.booleans(),
         st.sampled_from(allowed),
         st.integers(0, 2**16),
     )
