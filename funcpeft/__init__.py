@@ -11,6 +11,7 @@ from funcpeft.errors import CannotRequantizeError, CheckpointError, LostUpdateEr
 from funcpeft.functional import Model
 from funcpeft.interop.modules import functionalize
 from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.loftq import loftq
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
 from funcpeft.methods import (
@@ -32,7 +33,7 @@ from funcpeft.methods import (
     VeRA,
 )
 from funcpeft.population import stack, unstack
-from funcpeft.quant import NF4, Int8
+from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8, Ternary
 from funcpeft.quant.format import Format
 from funcpeft.quantization import QuantizationReport, dequantize, quantization_report, quantize, to
 from funcpeft.storage import Quantized
@@ -43,15 +44,23 @@ from funcpeft.weights import Base
 __version__ = "0.1.0"
 
 __all__ = [
+    "FP4",
+    "FP8",
     "IA3",
+    "MXFP4",
+    "MXFP8",
     "NF4",
+    "NVFP4",
     "OFT",
     "Adapter",
     "Additive",
+    "AffineInt",
     "Base",
     "CannotRequantizeError",
     "CheckpointError",
+    "Codebook",
     "Context",
+    "Dense",
     "DoRA",
     "Format",
     "FourierFT",
@@ -75,12 +84,14 @@ __all__ = [
     "Quantized",
     "RoAd",
     "SHiRA",
+    "Ternary",
     "TrainableTokens",
     "VeRA",
     "adapt",
     "dequantize",
     "functionalize",
     "load_peft",
+    "loftq",
     "optim",
     "peft_init",
     "quantization_report",

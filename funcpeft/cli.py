@@ -84,7 +84,7 @@ def _demo_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--set", type=assignment, action="append", metavar="FIELD=VALUE", help="field of the method, repeatable", **defaults
     )
-    p.add_argument("--quantize", choices=("none", "nf4", "int8"), help="format of the frozen base (none)", **defaults)
+    p.add_argument("--quantize", metavar="FORMAT", help="format of the frozen base, such as nf4 or int8 (none)", **defaults)
     where = p.add_mutually_exclusive_group()
     where.add_argument("--domain", choices=("prose", "source", "html"), help="text of the standard library (prose)", **defaults)
     where.add_argument("--text", type=Path, metavar="DIR", help="directory of UTF-8 text to train on instead", **defaults)

@@ -25,19 +25,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from funcpeft import errors, methods, optim
+from funcpeft import errors, methods, optim, quant
 from funcpeft.adapt import Net, adapt
 from funcpeft.context import EVAL, Context
 from funcpeft.data.train_base import BASE, bits, read_bytes, source_files, windows
 from funcpeft.functional import Model, Params, functionalize
 from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.population import stack, unstack
-from funcpeft.quant import NF4, Int8
-from funcpeft.quantization import dequantize, quantize
+from funcpeft.quantization import dequantize, quantization_report, quantize
 from funcpeft.train import value_and_grad
 
 DOMAINS = ("prose", "source", "html")
-QUANTIZERS = ("none", "nf4", "int8")
 
 _MOST_BYTES = 8_000_000
 _HELD_OUT_WINDOWS = 32
@@ -58,7 +56,7 @@ class Settings:
         steps: Optimizer steps.
         method: Name of a method of the registry, in any case.
         fields: Fields of the method by name; the others keep their defaults.
-        quantize: Format of the frozen base's linear layers: ``"none"``, ``"nf4"`` or ``"int8"``.
+        quantize: Format of the frozen base's linear layers by name, in any case, or ``"none"``.
         text: Directory with text to train on instead of a domain.
         domain: ``"prose"``, ``"source"`` or ``"html"`` of the Python standard library.
         out: Directory for the checkpoint and the picture.
@@ -251,11 +249,21 @@ def make_net(model: Model, name: str, fields: Mapping[str, Any]) -> Net:
     return make_net(model, name, {**fields, "target_modules": "all-linear"})
 
 
-def quantized(model: Model, params: Params, name: str) -> Params:
+def make_format(name: str) -> Any:
+    """Makes a format of the registry by name, in any case, with its defaults; ``None`` for ``"none"``.
+
+    Raises:
+        UserError: If there is none of that name, or it cannot be made from a weight.
+    """
+    known = {n.lower(): getattr(quant, n) for n in quant.__all__ if not getattr(quant, n).decode_only}
+    if name.lower() not in ("none", *known):
+        raise UserError(errors.one_of("--quantize", "the format", name, ("none", *known)))
+    return None if name.lower() == "none" else known[name.lower()]()
+
+
+def quantized(model: Model, params: Params, format: Any) -> Params:
     """Returns params with the linear layers in a format, or as they are."""
-    if name == "none":
-        return params
-    return quantize(model, params, {"nf4": NF4, "int8": Int8}[name](), target_modules="all-linear")
+    return params if format is None else quantize(model, params, format, target_modules="all-linear", progress=False)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------------
@@ -484,7 +492,7 @@ def make_task(s: Settings) -> Task:
     longest = int(getattr(model.config, "max_position_embeddings", 0))
     if s.tokens > longest:
         raise UserError(errors.say("--tokens", f"at most the base's context of {longest} is required", s.tokens))
-    return Task(make_net(model, s.method, s.fields), quantized(model, params, s.quantize))
+    return Task(make_net(model, s.method, s.fields), quantized(model, params, make_format(s.quantize)))
 
 
 def run(s: Settings, console: Console | None = None) -> Result:
@@ -497,7 +505,7 @@ def run(s: Settings, console: Console | None = None) -> Result:
     data, held = split(domain_text(s.domain) if s.text is None else directory_text(s.text), s.tokens)
     out, task = output_directory(s.out), make_task(s)
     what = s.domain if s.text is None else str(s.text)
-    console.print(f"base: {task.net.model}, {s.quantize if s.quantize != 'none' else 'float32'}")
+    console.print(f"base: {task.net.model}, {storage(task, s.quantize)}")
     console.print(f"text: {what}, {len(data):,} bytes to train on, {len(held):,} held out")
     console.print(f"net: {task.net!r}")
 
@@ -527,6 +535,14 @@ def run(s: Settings, console: Console | None = None) -> Result:
         differences=differences,
         picture=picture,
     )
+
+
+def storage(task: Task, name: str) -> str:
+    """Says how the base is stored, and how many bytes that takes."""
+    if name.lower() == "none":
+        return "float32"
+    report = quantization_report(dequantize(task.params), task.params)
+    return f"linear layers as {report.formats[0]}: {report.total('after'):,} bytes instead of {report.total('before'):,}"
 
 
 def check_best(console: Console, task: Task, adapter: Any, ids: Tensor, path: Path) -> dict[str, float]:

@@ -193,7 +193,7 @@ def merge_site(expr: Adapted, bias: Tensor | None, target: Target) -> Merged:
             return Merged(stored, new_bias, measures)
         if target.below == "raise":
             raise errors.LostUpdateError(_lost(site, stored, lost, target))
-        note = f"{site.path!r} is dense: stored as {stored.format!r} it would realise {lost:.3g} of its update"
+        note = f"{site.path!r} is dense: stored as {stored.format} it would realise {lost:.3g} of its update"
     leaf = stored_as(site, matrix, target.dtype or expr.dtype)
     return Merged(leaf, new_bias, measure(before, matrix, site.kind.matrix(leaf).to(matrix.dtype)), note)
 
@@ -250,7 +250,7 @@ def _loss(realised: Tensor, target: Target) -> float | None:
 
 
 def _lost(site: Site, stored: Quantized, realised: float, target: Target) -> str:
-    rule = f"at least {target.min_realised} of the update must survive being stored as {stored.format!r}"
+    rule = f"at least {target.min_realised} of the update must survive being stored as {stored.format}"
     remedy = "merge with target='dense', let such sites be dense with below='dense', or lower min_realised"
     return errors.say(f"merge at {site.path!r}", rule, f"{realised:.3g}", remedy)
 

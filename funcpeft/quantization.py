@@ -199,7 +199,7 @@ def quantization_report(before: Params, after: Params) -> QuantizationReport:
     for key, leaf in after.items():
         if isinstance(leaf, Quantized):
             rows[key] = _row(key, before[key], leaf)
-            formats.append(repr(leaf.format))
+            formats.append(str(leaf.format))
     rest = {id(v): v.nbytes for k, v in after.items() if k not in rows}
     return QuantizationReport(rows, tuple(formats), sum(rest.values()))
 

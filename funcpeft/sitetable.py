@@ -63,7 +63,7 @@ def stored_as(net: Net, params: Mapping[str, Any] | None, key: str) -> tuple[str
     if params is None:
         return ()
     leaf = params[key if key in params else net.model.ties[key]]
-    return (repr(leaf.format) if isinstance(leaf, Quantized) else "dense",)
+    return (str(leaf.format) if isinstance(leaf, Quantized) else "dense",)
 
 
 def _count(n: int | None) -> str:

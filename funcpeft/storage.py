@@ -69,7 +69,7 @@ class Quantized:
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape))
-        return f"Quantized({shape} {str(self.dtype).removeprefix('torch.')} as {self.format!r}, {self.nbytes:,} bytes)"
+        return f"Quantized({shape} {str(self.dtype).removeprefix('torch.')} as {self.format}, {self.nbytes:,} bytes)"
 
 
 register(

@@ -4,11 +4,13 @@ r"""LoRA: low-rank adaptation.
 
 A (r, in), B (out, r); s: scaling, with the square root under ``use_rslora``. At leading axes (experts) A is (E, r, in)
 and B (E, out, r). PiSSA and OLoRA start from factors of W itself: the update is then measured from those first factors,
-kept in ``consts``, so the base stays as it is: W' = W + s (B A - B0 A0).
+kept in ``consts``, so the base stays as it is: W' = W + s (B A - B0 A0). LoftQ starts on a quantized base Q from the factors
+of what quantization lost, W - Q, so that Q + s B A is near the original W; peft 0.21 leaves out s, right for s = 1 only.
 
 References:
     Hu et al., LoRA, 2021, arXiv 2106.09685, eq. (3). Kalajdzievski, rsLoRA, 2023, arXiv 2312.03732.
     Meng et al., PiSSA, 2024, arXiv 2404.02948, eq. (2). Bueyuekakyuez, OLoRA, 2024, arXiv 2406.01775.
+    Li et al., LoftQ, 2023, arXiv 2310.08659, eq. (7) (one step; ``funcpeft.loftq`` alternates).
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from torch import Tensor
 from funcpeft import errors, rng
 from funcpeft.context import Context
 from funcpeft.method import Additive, FrozenDict, Method, by_pattern
-from funcpeft.tree import Leaves
+from funcpeft.tree import Adapter, Leaves
 from funcpeft.weights import Base
 
-_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
 
 
 def pissa(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -64,8 +66,9 @@ class LoRA(Additive):
         use_rslora: Whether scaling is ``lora_alpha / sqrt(r)``.
         rank_pattern: Ranks by pattern of the module path; the first that matches wins.
         alpha_pattern: Values of ``lora_alpha`` by pattern.
-        init_lora_weights: ``True`` (A uniform, B zero), ``False`` (both uniform), ``"gaussian"``, ``"orthogonal"``, ``"pissa"``
-            or ``"olora"``. None of them changes the base.
+        init_lora_weights: ``True`` (A uniform, B zero), ``False`` (both uniform), ``"gaussian"``, ``"orthogonal"``,
+            ``"pissa"``, ``"olora"`` or ``"loftq"``, which needs the dense params:
+            ``net.init(quantized, seed, weights=dense)``. None of them changes the base.
         lora_bias: Whether the update has a bias of its own, scaled as the update is.
         bias: Which biases are trained beside: ``"none"``, ``"all"`` of the model, ``"lora_only"`` those of the targets.
         target_parameters: Names or suffixes of matrix parameters to adapt that no layer meets, such as fused experts.
@@ -150,7 +153,7 @@ class LoRA(Additive):
         )
         if self.init_lora_weights == "orthogonal":
             self.require_at(r % 2 == 0, base, "init 'orthogonal' needs an even rank", r)
-        if self.init_lora_weights in ("pissa", "olora", "orthogonal"):
+        if self.init_lora_weights in ("pissa", "olora", "loftq", "orthogonal"):
             self.require_at(
                 kind in ("linear", "transposed"),
                 base,
@@ -158,7 +161,7 @@ class LoRA(Additive):
                 kind,
                 "use init_lora_weights=True",
             )
-        if self.init_lora_weights in ("pissa", "olora"):
+        if self.init_lora_weights in ("pissa", "olora", "loftq"):
             self.require_at(r <= min(out, in_), base, f"rank must be at most min(out, in) = {min(out, in_)}", r)
         if self.lora_bias:
             self.require_at(kind in ("linear", "transposed", "conv"), base, "lora_bias takes layers with a bias", kind)
@@ -169,6 +172,25 @@ class LoRA(Additive):
             self.require_at(
                 not self.lora_dropout, base, "lora_dropout must be 0 where no float input meets the weight", self.lora_dropout
             )
+
+    def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
+        made = super().init(sites, seed=seed, **needs)
+        if self.init_lora_weights != "loftq" or all(base.device.type == "meta" for base in sites.values()):
+            return made
+        params = {path: {**made.params[path], **self._residual(base, needs.get("weights"))} for path, base in sites.items()}
+        return made.replace(params={**made.params, **params})
+
+    def _residual(self, base: Base, weights: Mapping[str, Any] | None) -> Leaves:
+        """Returns the factors of what the stored weight lacks of the dense one."""
+        dense = None if weights is None else weights.get(base.site.weight)
+        if not isinstance(dense, Tensor):
+            rule = "init 'loftq' needs the dense weight that was quantized"
+            raise ValueError(
+                errors.say(f"{self.label} at {base.path!r}", rule, None, "call net.init(quantized, seed, weights=dense params)")
+            )
+        lost = base.kind.matrix(dense).to(base.weight.dtype) - base.weight
+        a, b = pissa(lost, self.rank(base.path), self.scaling(base.path))
+        return {"A": a.contiguous(), "B": b.contiguous()}
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         r, s = self.rank(base.path), self.scaling(base.path)
@@ -201,7 +223,7 @@ class LoRA(Additive):
                 a, b = pissa(base.weight, r, s)
             case "olora":
                 a, b = olora(base.weight, r)
-            case _:
+            case _:  # False as drawn; of "loftq" init puts the factors in place
                 pass
         a, b = a.flatten(1), b
         if lead:  # peft keeps A expert-major and B rank-major in two flat matrices
@@ -271,6 +293,7 @@ class LoRA(Additive):
         alpha = _commonest(_rounded(a) for a in alphas.values())
         return {
             **config,
+            "init_lora_weights": True if self.init_lora_weights == "loftq" else self.init_lora_weights,  # the leaves hold all
             "r": r,
             "lora_alpha": alpha,
             "rank_pattern": {p: n for p, n in ranks.items() if n != r},

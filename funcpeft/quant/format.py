@@ -70,7 +70,7 @@ class Format:
             if reason:
                 raise ValueError(errors.say(self.label, reason, tuple(shape), "leave the weight dense"))
         elif like.format != self:
-            raise TypeError(errors.say(self.label, f"like must be stored as {self!r}", repr(like.format)))
+            raise TypeError(errors.say(self.label, f"like must be stored as {self}", like.format))
         elif like.shape != shape:
             raise ValueError(errors.say(self.label, f"the weight must have like's shape {tuple(like.shape)}", tuple(shape)))
 
@@ -87,6 +87,11 @@ class Format:
         error = (weight.to(torch.float64) - self.decode(quantized).reshape(weight.shape).to(torch.float64)).abs()
         slack = 4 * torch.finfo(torch.float32).eps * weight.abs().to(torch.float64)  # codes are found in float32
         return (error > self.step(quantized).to(torch.float64) + slack).to(torch.float64).mean()
+
+    def __str__(self) -> str:
+        """Returns the constructor with the fields that are not at their defaults."""
+        given = [f"{f.name}={v!r}" for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @property
     def label(self) -> str:
