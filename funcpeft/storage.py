@@ -99,11 +99,10 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None, *,
 
     Note:
         Weights of fewer than ``RECOMPUTE_FROM`` entries are kept. Under ``torch.compile`` the weight is decoded in the graph,
-        whose partitioner decides what is kept. A gradient with respect to floating leaves (scales) goes through plain
-        operations too.
+        whose partitioner decides what is kept. Forward mode and autocast go through plain operations too.
     """
     tensors = tuple(quantized.data.values())
-    if not (kind.has_adjoint and _recomputes(quantized, recompute) and not _differentiated(tensors)):
+    if not (kind.has_adjoint and _recomputes(quantized, recompute) and _reverse_only(x)):
         return kind.product(x, quantized.format.dequant(quantized), bias)
     slots = (*tensors, *(None,) * (SLOTS - len(tensors)))
     static = (tuple(quantized.data), quantized.format, tuple(quantized.shape), quantized.dtype)
@@ -115,9 +114,12 @@ def _recomputes(quantized: Quantized, asked: bool | None) -> bool:
     return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _differentiated(tensors: tuple[Tensor, ...]) -> bool:
-    floats = [t for t in tensors if t.is_floating_point()]
-    return any(t.requires_grad or forward_ad.unpack_dual(t).tangent is not None for t in floats)
+def _reverse_only(x: Tensor) -> bool:
+    """Whether reverse mode alone is at work, without autocast: what the autograd function is written for.
+
+    torch 2.13 has no public way to ask for forward mode; if the private one goes, everything takes the plain way.
+    """
+    return getattr(forward_ad, "_current_level", 0) < 0 and not torch.is_autocast_enabled(x.device.type)
 
 
 def _plain(x: Tensor, bias: Tensor | None, tensors: tuple[Tensor, ...], static: Static, kind: Kind, adjoint: bool) -> Tensor:
@@ -147,30 +149,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, bias, *slots, static, kind, adjoint = inputs
+        x, bias, *slots, static, kind, adjoint = inputs
         ctx.static = (static, kind, adjoint)
-        ctx.has_bias, ctx.shape = bias is not None, output.shape
-        ctx.save_for_backward(*slots)
-        ctx.save_for_forward(*slots)
+        ctx.has_bias = bias is not None
+        # x is needed for scales alone, with respect to which some level of a transform may differentiate
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2 : 2 + SLOTS]) else None, *slots)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        static, kind, adjoint = ctx.static
-        dx = _transposed(grad, ctx.saved_tensors, static, kind, adjoint) if ctx.needs_input_grad[0] else None
-        db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
-        return dx, db, *(None,) * (SLOTS + 3)
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, db: Tensor | None, *rest: Any) -> Any:  # type: ignore[override]
-        static, kind, adjoint = ctx.static
-        parts = [] if dx is None else [_Product.apply(dx, None, *ctx.saved_tensors, static, kind, adjoint)]
-        parts += [] if db is None else [db.expand(ctx.shape)]
-        return sum(parts[1:], parts[0])
+        wanted = ctx.needs_input_grad
+        x, *slots = ctx.saved_tensors
+        dx = _transposed(grad, slots, *ctx.static) if wanted[0] else None
+        db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and wanted[1] else None
+        return dx, db, *_of_slots(grad, x, slots, wanted[2 : 2 + SLOTS], *ctx.static), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, bias: Any, *rest: Any) -> Any:  # type: ignore[override]
         *slots, static, kind, adjoint = rest
-        if all(d is None for d in in_dims[1:]):  # the weight is shared: one product over all members, decoded once
+        if all(d is None for d in in_dims[1 : 2 + SLOTS]):  # the weight is shared: one product for all, decoded once
             return _Product.apply(x.movedim(in_dims[0], 0), bias, *rest), 0
         used = [i for i, t in enumerate(slots) if t is not None]
 
@@ -182,7 +178,24 @@ class _Product(torch.autograd.Function):
         return mapped(x, bias, *(slots[i] for i in used)), 0
 
 
-def _transposed(grad: Tensor, slots: tuple[Any, ...], static: Static, kind: Kind, adjoint: bool) -> Tensor:
-    if torch.is_grad_enabled():  # a second derivative may follow, as torch.func.grad always allows for
+def _transposed(grad: Tensor, slots: list[Any], static: Static, kind: Kind, adjoint: bool) -> Tensor:
+    if torch.is_grad_enabled() and _reverse_only(grad):  # a second derivative may follow; torch.func.grad allows for one
         return _Product.apply(grad, None, *slots, static, kind, not adjoint)  # type: ignore[return-value]
     return _plain(grad, None, tuple(t for t in slots if t is not None), static, kind, not adjoint)
+
+
+def _of_slots(
+    grad: Tensor, x: Any, slots: list[Any], wanted: tuple[bool, ...], static: Static, kind: Kind, adjoint: bool
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradient of every wanted slot, ``None`` for the others."""
+    at = [i for i, w in enumerate(wanted) if w]
+    if not at:
+        return (None,) * SLOTS
+
+    def of(*given: Tensor) -> Tensor:
+        put = {**dict(enumerate(slots)), **dict(zip(at, given, strict=True))}
+        return _plain(x, None, tuple(t for t in put.values() if t is not None), static, kind, adjoint)
+
+    _, back = torch.func.vjp(of, *(slots[i] for i in at))
+    found = dict(zip(at, back(grad), strict=True))
+    return tuple(found.get(i) for i in range(SLOTS))

@@ -264,7 +264,15 @@ def loss(outs: tuple[Tensor, ...]) -> Tensor:
 def same_bits(a: Any, b: Any) -> bool:
     """Whether two trees have equal leaves, bit for bit."""
     left, right = tree_leaves(a), tree_leaves(b)
-    return len(left) == len(right) and all(s.dtype == t.dtype and torch.equal(s, t) for s, t in zip(left, right, strict=True))
+    return len(left) == len(right) and all(
+        (s.dtype, s.shape) == (t.dtype, t.shape) and torch.equal(_comparable(s), _comparable(t))
+        for s, t in zip(left, right, strict=True)
+    )
+
+
+def _comparable(t: Tensor) -> Tensor:
+    """Returns a float8 tensor as bytes, since torch 2.13 does not compare them."""
+    return t.contiguous().view(torch.uint8) if t.dtype.itemsize == 1 and t.is_floating_point() else t
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
