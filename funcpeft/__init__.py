@@ -10,7 +10,9 @@ from funcpeft.context import Context
 from funcpeft.errors import CannotRequantizeError, CheckpointError, LostUpdateError, NoMatchError, NoMergedFormError
 from funcpeft.functional import Model
 from funcpeft.interop.modules import functionalize
+from funcpeft.interop.options import choose_format
 from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.interop.transformers import load_pretrained, write_quantized
 from funcpeft.loftq import loftq
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
@@ -33,7 +35,7 @@ from funcpeft.methods import (
     VeRA,
 )
 from funcpeft.population import stack, unstack
-from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8, Ternary
+from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8, Ternary, TorchAONF4
 from funcpeft.quant.format import Format
 from funcpeft.quantization import QuantizationReport, dequantize, quantization_report, quantize, to
 from funcpeft.storage import Quantized
@@ -85,12 +87,15 @@ __all__ = [
     "RoAd",
     "SHiRA",
     "Ternary",
+    "TorchAONF4",
     "TrainableTokens",
     "VeRA",
     "adapt",
+    "choose_format",
     "dequantize",
     "functionalize",
     "load_peft",
+    "load_pretrained",
     "loftq",
     "optim",
     "peft_init",
@@ -102,4 +107,5 @@ __all__ = [
     "to",
     "unstack",
     "value_and_grad",
+    "write_quantized",
 ]

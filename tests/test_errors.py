@@ -24,13 +24,15 @@ from funcpeft.adapt import adapt
 from funcpeft.context import Context
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import functionalize
+from funcpeft.interop.libraries import BitsAndBytes
+from funcpeft.interop.library import Library
 from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.layers import Kind
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
 from funcpeft.methods import IA3, OFT, DoRA, Full, LoKr, LoRA, MiSS, PrefixTuning, RoAd, SHiRA, TrainableTokens
 from funcpeft.population import stack, unstack
-from funcpeft.quant import NF4, Int8
+from funcpeft.quant import NF4, Codebook, Int8
 from funcpeft.quant.format import Format
 from funcpeft.quantization import quantize
 from funcpeft.tree import Adapter, tree_map
@@ -378,6 +380,33 @@ ROWS = [
     (lambda: Format().encode(X), T, "format: a format must define encode"),
     (lambda: Format().decode(None), T, "format: a format must define decode"),
     (lambda: Format().step(None), T, "format: a format must define step"),
+    (lambda: Format().encode_like(X, None), T, "format: a format must define encode_like"),
+    (lambda: NF4().grid(None), T, "nf4: an affine grid is required; use Int8 or AffineInt"),
+    (lambda: NF4.from_dict({"block": 3}), T, "NF4: fields must be known, got 'block'; did you mean 'block_size'"),
+    (
+        lambda: Codebook().requant(X),
+        errors.CannotRequantizeError,
+        "codebook: cannot be made from a weight: .* keep the weight dense, or store it as NF4",
+    ),
+    (lambda: NF4().requant(X, like=Int8().requant(X)), T, r"nf4: like must be stored as NF4\(\), got Int8\(\)"),
+    (lambda: Int8().requant(X, like=Int8().requant(X.T)), V, r"int8: the weight must have like's shape \(8, 2\), got \(2, 8\)"),
+    (
+        lambda: adapt(model(), LoRA(r=2, init_lora_weights="loftq", target_modules=["up"])).init(params(), 0),
+        V,
+        "lora at 'up': init 'loftq' needs the dense weight that was quantized; call net.init",
+    ),
+    # libraries
+    (lambda: Library().take(None, "up", X.dtype, {}), T, ": this library has no layers in memory"),
+    (lambda: Library().read({}, "up", X.shape, X.dtype, {}, None), T, ": this library has no checkpoints"),
+    (lambda: Library().write(None, "up"), T, ": this library has no writer"),
+    (lambda: Library().config({}, ()), T, ": this library has no writer"),
+    (lambda: BitsAndBytes().pick({"b": X}, "up", "a"), F, r"bitsandbytes at 'up': tensor 'a' is required, got \['b'\]"),
+    (lambda: BitsAndBytes().pick({"a": X}, "up", "a", (3,)), F, r"'a' must have shape \(3,\), got \(2, 8\)"),
+    (
+        lambda: BitsAndBytes().same({"up": NF4().requant(X), "down": Int8().requant(X)}, lambda q: str(q.format)),
+        V,
+        r"bitsandbytes at 'down': must be stored as 'up' is, .* NF4\(\), got Int8\(\)",
+    ),
     # files
     (
         in_folder(lambda f: (f / "adapter_model.safetensors").unlink()),
@@ -508,6 +537,28 @@ ELSEWHERE = {
     "methods/prompttuning.py": "test_prompts.py",
     "methods/prefixtuning.py": "test_prompts.py",
     "testing/laws.py": "test_laws_bite.py",
+    "testing/conformance.py": "test_format_laws_bite.py",
+    "quantization.py": "test_quant.py",
+    "merging.py": "test_quantized_merging.py",
+    "loftq.py": "test_quantized_merging.py",
+    "quant/affineint.py": "test_quant_affine.py",
+    "quant/packing.py": "test_quant_affine.py",
+    "quant/minifloat.py": "test_quant_floats.py",
+    "quant/codebook.py": "test_quant_tables.py",
+    "interop/options.py": "test_options.py",
+    "interop/transformers.py": "test_interop_transformers.py",
+    "interop/libraries/aqlm.py": "test_interop_checkpoints.py",
+    "interop/libraries/awq.py": "test_interop_checkpoints.py",
+    "interop/libraries/bitnet.py": "test_interop_checkpoints.py",
+    "interop/libraries/bitsandbytes.py": "test_interop_bitsandbytes.py",
+    "interop/libraries/compressed.py": "test_interop_checkpoints.py",
+    "interop/libraries/eetq.py": "test_interop_checkpoints.py",
+    "interop/libraries/finefp8.py": "test_interop_checkpoints.py",
+    "interop/libraries/gptq.py": "test_interop_checkpoints.py",
+    "interop/libraries/hqq.py": "test_interop_hqq_quanto.py",
+    "interop/libraries/inc.py": "test_interop_checkpoints.py",
+    "interop/libraries/quanto.py": "test_interop_hqq_quanto.py",
+    "interop/libraries/torchao.py": "test_interop_torchao.py",
     "testing/cases.py": "test_laws_bite.py",
     "testing/strategies.py": "test_laws_bite.py",
 }
@@ -518,6 +569,7 @@ WITHOUT = {
     ("layers.py", "Kind.stored"): "as above",
     ("layers.py", "Kind.product"): "as above",
     ("layers.py", "Kind.map"): "as above",
+    ("layers.py", "Kind.adjoint"): "as above",
     ("skeleton.py", "_StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
     ("__main__.py", "<module>"): "the exit code of the command",
 }
@@ -532,6 +584,7 @@ def test_kinds_say_what_they_are():
         (lambda: Odd().matrix(X), "odd: a kind must say how its weight becomes a matrix"),
         (lambda: Odd().stored(X, X.shape), "odd: a kind must say how a matrix becomes its weight"),
         (lambda: Odd().product(X, X, None), "odd: a weight of this kind is read by its module and never meets an input"),
+        (lambda: Odd().adjoint(X, X), "odd: a kind with has_adjoint must say how its transposed weight meets an output"),
         (lambda: Odd().map(X, X, X.shape), "odd: a weight of this kind is read by its module and never meets an input"),
     ):
         with pytest.raises(TypeError, match=text):

@@ -1,5 +1,7 @@
 """Formats: equal to bitsandbytes where that is right, errors within the step, nets on quantized bases."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -288,3 +290,164 @@ def test_what_cannot_be_stored_is_refused_by_site():
         quantize(model, {**params, "up.weight": params["up.weight"] * float("nan")}, NF4())
     with pytest.raises(KeyError, match="params must hold every leaf"):
         quantize(model, {}, NF4())
+
+
+# -- patterns, reports, devices ------------------------------------------------------------------------------------------------
+
+
+def test_formats_by_pattern():
+    model, params = functional()
+    small = quantize(model, params, {"up": NF4(), ".*": Int8()})
+    assert isinstance(small["up.weight"].format, NF4)
+    assert isinstance(small["down.weight"].format, Int8)
+    some = quantize(model, params, {"down": None, ".*": Int8()})
+    assert some["down.weight"] is params["down.weight"]
+    assert isinstance(some["up.weight"], Quantized)
+    with pytest.raises(NoMatchError, match=r"quantize: every pattern must match a target, got 'upp'; did you mean 'up'"):
+        quantize(model, params, {"upp": NF4(), ".*": Int8()})
+    with pytest.raises(NoMatchError, match=r"quantize at 'down': a pattern must name every target, got 'up'; add '\.\*' with"):
+        quantize(model, params, {"up": NF4()})
+    with pytest.raises(TypeError, match="quantize: a format is required, got str; pass an instance such as NF4"):
+        quantize(model, params, {"up": "nf4"})
+
+
+def test_what_does_not_fit_is_refused_before_any_work_or_left_dense():
+    from funcpeft import NVFP4
+
+    model, params = functional()  # in_features 12 and 24
+    with pytest.raises(
+        ValueError, match=r"quantize at 'up': nvfp4: .*got \(24, 12\); leave it out with exclude_modules, or pass"
+    ):
+        quantize(model, params, NVFP4())
+    small = quantize(model, {**params, "norm.bias": params["norm.bias"]}, NVFP4(), misfits="dense")
+    assert not any(isinstance(v, Quantized) for v in small.values())
+    with pytest.raises(ValueError, match="quantize: misfits must be one of 'raise', 'dense', got 'skip'"):
+        quantize(model, params, NF4(), misfits="skip")
+
+
+def test_the_order_of_arguments_is_checked():
+    model, params = functional()
+    with pytest.raises(TypeError, match="quantize: a Model is required, got dict; the model comes first, then params"):
+        quantize(params, model, NF4())
+
+
+def test_progress_is_shown_when_asked_for(capsys):
+    model, params = functional()
+    quantize(model, params, NF4(), progress=True)
+    assert "quantize: 100%" in capsys.readouterr().err
+    quantize(model, params, NF4(), progress=False)
+    assert not capsys.readouterr().err
+
+
+def test_a_report_has_bytes_and_errors_of_every_leaf():
+    from funcpeft import quantization_report
+
+    model, params = functional()
+    small = quantize(model, params, {"up": NF4(), ".*": Int8()})
+    report = quantization_report(params, small)
+    row, w = report.sites["up.weight"], params["up.weight"]
+    back = NF4().dequant(small["up.weight"])
+    assert int(row["before"]) == w.nbytes
+    assert int(row["after"]) == small["up.weight"].nbytes
+    assert float(row["rel_error"]) == pytest.approx(float((back - w).norm() / w.norm()), rel=1e-6)
+    assert float(row["max_error"]) == pytest.approx(float((back - w).abs().max()), rel=1e-6)
+    assert 0 < float(row["steps"]) <= 1 + 1e-5
+    assert report.total("before") == sum(t.nbytes for t in params.values())
+    assert report.total("after") == sum(t.nbytes for t in small.values())
+    text = str(report)
+    assert "NF4()" in text
+    assert "Int8()" in text
+    assert f"{report.total('before'):,} bytes before" in text
+    with pytest.raises(KeyError, match="QuantizationReport: column must be one of 'before', 'after', got 'error'"):
+        report.total("error")
+    with pytest.raises(KeyError, match="quantization_report: both params must have the same keys, got 'up.bias'"):
+        quantization_report({k: v for k, v in params.items() if k != "up.bias"}, small)
+    with pytest.raises(ValueError, match=r"quantization_report at 'up.weight': the shape must be \(24, 12\), got \(3, 3\)"):
+        quantization_report({**params, "up.weight": torch.ones(3, 3)}, small)
+
+
+def test_a_table_of_sites_says_how_each_is_stored():
+    model, params = functional()
+    net = adapt(model, LoRA(r=2, target_modules=["up", "down"]))
+    text = net.table(quantize(model, params, NF4(), exclude_modules=["down"]))
+    assert "stored as" in text
+    assert "NF4()" in text
+    assert "dense" in text
+    assert "stored as" not in str(net)
+
+
+def test_a_dtype_cast_moves_no_code_and_a_device_moves_every_tensor():
+    from funcpeft import FP8, to
+
+    model, params = functional()
+    for fmt in (NF4(), Int8(), FP8(), NF4(double_quant=True)):
+        small = quantize(model, params, fmt)
+        half = to(small, dtype=torch.bfloat16)
+        for name, t in small["up.weight"].data.items():
+            assert half["up.weight"].data[name].dtype == t.dtype
+        assert half["up.weight"].dtype == torch.bfloat16
+        assert torch.equal(fmt.dequant(half["up.weight"]), fmt.dequant(small["up.weight"]).bfloat16())
+        assert half["norm.weight"].dtype == torch.bfloat16
+        assert small["norm.weight"].dtype == torch.float32
+        there = to(small, device="meta")
+        assert {t.device.type for t in there["up.weight"].data.values()} == {"meta"}
+        assert there["norm.weight"].device.type == "meta"
+    ids = {"ids": torch.arange(3), "adapter": LoRA(r=2)}
+    assert to({"ids": ids["ids"]}, dtype=torch.float64)["ids"].dtype == torch.int64
+    with pytest.raises(ValueError, match=r"to: dtype must be a floating dtype, got torch\.int8"):
+        to(params, dtype=torch.int8)
+
+
+def test_large_weights_are_decoded_again_and_small_ones_kept(monkeypatch):
+    from funcpeft import storage
+
+    model, params = functional()
+    small, x = quantize(model, params, NF4()), drawn(5, 12).requires_grad_()
+
+    def kept():
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+            model(small, x).sum().backward()
+        return {(24, 12), (12, 24)} & set(shapes)
+
+    assert kept()
+    monkeypatch.setattr(storage, "RECOMPUTE_FROM", 1)
+    assert not kept()
+
+
+def test_input_and_output_side_methods_never_make_a_stored_base_dense(monkeypatch):
+    from funcpeft import methods, storage
+
+    model, params = functional()
+    small, x, decoded = quantize(model, params, NF4()), drawn(5, 12), []
+    right = storage.product
+
+    def product(kind, x, q, bias, **kwargs):
+        decoded.append("product")
+        out = right(kind, x, q, bias, **kwargs)
+        assert decoded.pop() == "product"
+        return out
+
+    plain = NF4.dequant
+
+    def dequant(self, q):
+        assert decoded, "decoded outside of the product"
+        return plain(self, q)
+
+    tried = []
+    for name in methods.__all__:
+        method = getattr(methods, name).examples()[0]
+        if not method.weight_free or "linear" not in method.kinds or method.wraps or method.takes_any:
+            continue
+        net = adapt(model, dataclasses.replace(method, target_modules=["up", "down"], **_without_patterns(method)))
+        adapter = moved(net.init(small, 0))
+        with monkeypatch.context() as patch:
+            patch.setattr("funcpeft.weights.product", product)
+            patch.setattr(NF4, "dequant", dequant)
+            net(small, adapter, x)
+        tried.append(name)
+    assert {"LoRA", "IA3", "OFT"} <= set(tried)
+
+
+def _without_patterns(method):
+    return {f.name: {} for f in dataclasses.fields(method) if f.name.endswith("_pattern") and f.name != "layers_pattern"}

@@ -8,12 +8,10 @@ transformers' ``from_pretrained`` loads. Imports modules, library, functional, s
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import re
-import shutil
 import tempfile
 import threading
 from collections import defaultdict
@@ -67,6 +65,16 @@ def quant_method(quantization: Mapping[str, Any]) -> str:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         return "bitsandbytes"
     return str(getattr(method, "value", method))
+
+
+def checkpoint_quantization(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the ``quantization_config`` of a checkpoint's folder, ``{}`` if it has none.
+
+    Raises:
+        CheckpointError: If its config is no JSON object.
+        FileNotFoundError: If it has no config.
+    """
+    return quantization_of(_json(_folder(str(folder), None) / CONFIG))
 
 
 def _library(quantization: Mapping[str, Any], where: str) -> Library | None:
@@ -168,14 +176,15 @@ def _config(folder: Path, model_class: Any, overrides: Mapping[str, Any]) -> Any
     from transformers import AutoConfig
 
     where = str(folder / CONFIG)
-    _json(folder / CONFIG)
+    _json(folder / CONFIG)  # says what is wrong with the file, where transformers names the hub
     reader = getattr(model_class, "config_class", None) or AutoConfig
     code = {"trust_remote_code": False} if reader is AutoConfig else {}
     try:
-        config, unused = reader.from_pretrained(str(folder), return_unused_kwargs=True, **code, **overrides)
+        made: Any = reader.from_pretrained(str(folder), return_unused_kwargs=True, **code, **overrides)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
         rule, found = "a config that this transformers knows is required", f"{type(e).__name__}: {e}"
         raise CheckpointError(errors.say(where, rule, found)) from e
+    config, unused = made
     for name in unused:
         if name in overrides:
             rule, hint = "overrides must be fields of the config", errors.nearest(name, config.to_dict())
@@ -196,7 +205,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _without_quantization(config: Any) -> Any:
     """Returns a copy of a config under which transformers builds ordinary layers."""
     config = copy.deepcopy(config)
-    for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+    nested: list[Any] = list(vars(config).values())
+    for part in (config, *(value for value in nested if hasattr(value, "to_dict"))):
         for key in ("quantization_config", "compression_config"):
             if hasattr(part, key):
                 delattr(part, key)
@@ -227,7 +237,7 @@ def structure_of(config: Any, model_class: Any, dtype: torch.dtype, where: str) 
     make = _maker(config, model_class, where)
     thread = threading.get_ident()
 
-    def on_meta(owner: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    def on_meta(owner: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         if parameter.is_meta or threading.get_ident() != thread:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -417,8 +427,8 @@ def _read_stored(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    kind = layers.kind_of(module)
-    return kind is not None and kind.name in ("linear", "transposed")
+    known = layers.kind_of(module)
+    return known is not None and known[0].name in ("linear", "transposed")
 
 
 def _owner(key: str, names: _Names, found: Mapping[str, nn.Module]) -> tuple[str, str]:
@@ -494,41 +504,226 @@ def _assembled(model: Model, module: Any, stored: Mapping[str, Quantized], dense
     state = module.state_dict(keep_vars=True)
     found: Params = {}
     aliases: Params = {}
-    for key, leaf in every.items():
+    for key in sorted(every, key=lambda key: key != first[id(state[key])]):  # aliases last
         held = first[id(state[key])]
-        if key != held and held in every:
-            if not _equal(leaf, every[held]):
-                aliases[key] = leaf
-        else:
-            found[held] = leaf
+        if not _equal(every[key], found.setdefault(held, every[key])):
+            aliases[key] = every[key]
     for key in aliases.keys() - model.ties.keys():
         rule = f"a module under two names must have one value, that of {first[id(state[key])]!r}"
         raise CheckpointError(errors.say(f"{where} at {key!r}", rule, "another one"))
-    found |= {key: t.detach() for key, t in module.named_buffers() if key in model.shapes and key not in state}
-    missing = [key for key in model.shapes if key not in found]
-    found |= _made(module, [key for key in missing if _made_anew(module, key)])
-    _require(module, where, {"missing": [key for key in missing if key not in found]}, state)
+    optional = module._keys_to_ignore_on_load_missing or ()
+    for key, t in module.named_buffers():  # computed with the structure
+        if key in model.shapes and key not in found and (key not in state or any(re.search(p, key) for p in optional)):
+            found[key] = t.detach()
+    _require(module, where, {"missing": [key for key in model.shapes if key not in found]}, state)
     return {**{key: found[key] for key in model.shapes}, **aliases}
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one is other or (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other))
 
 
-def _made_anew(module: Any, key: str) -> bool:
-    return any(re.search(p, key) for p in module._keys_to_ignore_on_load_missing or ())
+# -- writing -----------------------------------------------------------------------------------------------------------------
 
 
-def _made(module: Any, keys: Iterable[str]) -> dict[str, Tensor]:
-    """Computes the tensors that the model's class computes and does not write, such as tables of positions."""
-    made: dict[str, Tensor] = {}
-    for key in keys:
-        path, _, name = key.rpartition(".")
-        owner = copy.deepcopy(module.get_submodule(path))
-        owner._parameters |= {
-            n: nn.Parameter(torch.empty_like(p, device="cpu"), False) for n, p in owner._parameters.items() if p is not None
-        }
-        with torch.random.fork_rng(devices=[]):
-            module._init_weights(owner)
-        made[key] = getattr(owner, name).detach()
-    return made
+def write_quantized(
+    model: Model,
+    params: Params,
+    folder: str | os.PathLike[str],
+    *,
+    library: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a checkpoint that transformers' ``from_pretrained`` loads and that computes the same.
+
+    Args:
+        model: A model of transformers.
+        params: Its leaves, dense or ``Quantized``; without a ``Quantized`` one the checkpoint is an ordinary one.
+        folder: The directory; made if it is not there. The files are written beside it and then renamed into it, and older
+            files of weights are removed last, so that a failure loses nothing.
+        library: Name of the library whose layout the stored weights get. Default: the only one that takes them all.
+        max_shard_size: Most bytes of a file, a number or such as ``"5GB"``.
+
+    Raises:
+        TypeError: If the model is not one of transformers, or a leaf is neither a tensor nor ``Quantized``.
+        ValueError: If no library takes the stored weights, several do, or transformers would not load them in this place; the
+            message names the site.
+
+    Note:
+        transformers loads all dense tensors in one dtype, that of the first parameter.
+    """
+    config = _written_config(model, params)
+    stored = _stored_layers(model, params)
+    reference = structure_of(_without_quantization(config), type(model.root), torch.float32, "write_quantized")
+    tensors = _dense_tensors(model, params, reference)
+    metadata: dict[str, str] = {"format": "pt"}
+    if stored:
+        layout = _layout(stored, library)
+        dense = tuple(path for path, m in model.modules() if _is_linear(m) and path not in stored)
+        for path, quantized in stored.items():
+            made, entries = layout.write(quantized, path)
+            tensors |= {f"{path}.{name}": t for name, t in made.items()}
+            metadata = _joined(metadata, entries)
+        config.quantization_config = layout.config(stored, dense)
+        _require_kept(model, stored, dense)
+    elif library is not None:
+        rule = "the library of stored weights can be chosen if params have some"
+        raise ValueError(errors.say("write_quantized", rule, f"library={library!r} and no Quantized leaf", "leave it out"))
+    _write(Path(folder), model, config, tensors, metadata, max_shard_size)
+
+
+def _written_config(model: Any, params: Params) -> Any:
+    if not isinstance(model, Model) or not hasattr(model.config, "to_json_file"):
+        rule, found = "a model of transformers is required", getattr(model, "name", type(model).__name__)
+        raise TypeError(errors.say("write_quantized", rule, found, "functionalize one that has a config"))
+    model.check(params)
+    for key, leaf in params.items():
+        if isinstance(leaf, Adapted):
+            rule, remedy = "weights as they are stored are required", "call net.merge first"
+            raise TypeError(errors.say(f"write_quantized at {key!r}", rule, "an adapted one", remedy))
+        if not isinstance(leaf, Tensor | Quantized):
+            rule = "a leaf must be a tensor or Quantized"
+            raise TypeError(errors.say(f"write_quantized at {key!r}", rule, type(leaf).__name__))
+        shape = model.shapes[model.ties.get(key, key)]
+        if leaf.shape != shape:
+            rule, remedy = f"shape must be {tuple(shape)}", "unstack stacked params"
+            raise ValueError(errors.say(f"write_quantized at {key!r}", rule, tuple(leaf.shape), remedy))
+    config = _without_quantization(model.config)
+    config.architectures = [type(model.root).__name__]
+    config.dtype = next(t.dtype for k, t in params.items() if k not in model.buffers)
+    if any(key in model.ties for key in params):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _stored_layers(model: Model, params: Params) -> dict[str, Quantized]:
+    modules, found = dict(model.modules()), {}
+    for key, leaf in params.items():
+        if isinstance(leaf, Quantized):
+            path = key.removesuffix(".weight")
+            layer = type(modules.get(path)).__name__ if path != key else "a parameter of another name"
+            if path == key or not isinstance(modules.get(path), nn.Linear):
+                rule, remedy = "stored weights must be those of linear layers", "call dequantize, or leave it dense"
+                raise ValueError(errors.say(f"write_quantized at {key!r}", rule, layer, remedy))
+            found[path] = leaf
+    return found
+
+
+def _layout(stored: Mapping[str, Quantized], name: str | None) -> Library:
+    """Returns the library that takes all stored weights: the named one, or the only one."""
+    known = {library.name: library for library in LIBRARIES}
+    if name is not None and name not in known:
+        raise ValueError(errors.say("write_quantized", "library must be known", repr(name), errors.nearest(name, known)))
+    refusals: dict[str, str] = {}
+    able: list[Library] = []
+    for library in LIBRARIES if name is None else (known[name],):
+        reasons = ((path, library.refuses(quantized)) for path, quantized in stored.items())
+        refused = next(((path, reason) for path, reason in reasons if reason), None)
+        if refused is None:
+            able.append(library)
+        else:
+            refusals.setdefault(library.name, f"{refused[0]!r}: {refused[1]}")
+    if len(able) == 1:
+        return able[0]
+    if able:
+        names = errors.listed([library.name for library in able], 20)
+        raise ValueError(errors.say("write_quantized", "one library must be chosen", names, "pass library="))
+    text, remedy = "; ".join(refusals.values()), "call dequantize, or quantize in another format"
+    raise ValueError(errors.say("write_quantized", "a library must have this layout", text, remedy))
+
+
+def _dense_tensors(model: Model, params: Params, reference: nn.Module) -> dict[str, Tensor]:
+    """Returns what a checkpoint keeps of the dense leaves, by transformers' names; each has storage of its own.
+
+    Raises:
+        ValueError: If the config makes a model with other tensors, as after resized embeddings.
+    """
+    wanted, untied = reference.state_dict(keep_vars=True), any(key in model.ties for key in params)
+    mine = model.root.state_dict(keep_vars=True)
+    owner = {id(t): key for key, t in tensors_of(model.root).items() if key in model.shapes}
+    flipped = _transposed(model.root, reference)
+    tensors: dict[str, Tensor] = {}
+    for key in dict.fromkeys([*mine, *wanted]):
+        ours, theirs = mine.get(key), wanted.get(key)
+        if ours is None or theirs is None or ours.shape != (theirs.shape[::-1] if key in flipped else theirs.shape):
+            shapes = [None if t is None else tuple(t.shape) for t in (theirs, ours)]
+            rule, found = f"the model must be the one of its config, where it is {shapes[0]}", shapes[1]
+            raise ValueError(errors.say(f"write_quantized at {key!r}", rule, found, "update model.config"))
+        leaf = params.get(key, params.get(owner[id(ours)])) if untied or key in params else None
+        if isinstance(leaf, Tensor):
+            tensors[key] = leaf.mT if key in flipped else leaf
+    return tensors
+
+
+def _transposed(root: nn.Module, reference: nn.Module) -> set[str]:
+    """Returns the weights of layers that transformers builds transposed and that are linear here (a quantized GPT-2's)."""
+    theirs = dict(reference.named_modules())
+    linear = [path for path, m in root.named_modules() if isinstance(m, nn.Linear)]
+    return {f"{path}.weight" for path in linear if path in theirs and not isinstance(theirs[path], nn.Linear)}
+
+
+def _joined(metadata: dict[str, str], entries: Mapping[str, str]) -> dict[str, str]:
+    """Adds entries of one layer; where two layers have the same entry, both are JSON lists and are put together."""
+    joined = dict(metadata)
+    for name, text in entries.items():
+        same = name not in joined or joined[name] == text
+        joined[name] = text if same else json.dumps([*json.loads(joined[name]), *json.loads(text)])
+    return joined
+
+
+def _require_kept(model: Model, stored: Mapping[str, Quantized], dense: tuple[str, ...]) -> None:
+    """Raises ``ValueError`` where transformers would build a dense layer for a stored weight."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    always: Any = getattr(model.root, "_keep_in_fp32_modules", None) or ()
+    for path in stored:
+        for pattern in (*always, *dense):
+            if not should_convert_module(path, [pattern]):
+                rule = f"transformers leaves dense what {pattern!r} matches"
+                remedy = "call dequantize for this layer, or quantize all that it matches"
+                raise ValueError(errors.say(f"write_quantized at {path!r}", rule, "a Quantized leaf", remedy))
+
+
+def _write(
+    folder: Path, model: Model, config: Any, tensors: dict[str, Tensor], metadata: dict[str, str], size: int | str
+) -> None:
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(errors.say("write_quantized", "folder must be a directory", f"the file {str(folder)!r}"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tensors = _owned({key: t.detach().cpu() for key, t in tensors.items()})
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda t: t.nbytes,
+        filename_pattern=WEIGHTS.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=size,
+    )
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        beside = Path(temporary)
+        for name, keys in tqdm(split.filename_to_tensors.items(), desc="Writing files", disable=None):
+            save_file({key: tensors[key].contiguous() for key in keys}, beside / name, metadata=metadata)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (beside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+        generation: Any = getattr(model.root, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(str(beside))
+        config.to_json_file(str(beside / CONFIG))
+        folder.mkdir(exist_ok=True)
+        written = sorted(p.name for p in beside.iterdir())
+        for name in sorted(written, key=lambda name: (name == CONFIG, name == INDEX)):
+            os.replace(beside / name, folder / name)
+    for old in folder.iterdir():
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name) and old.name not in written:
+            old.unlink()
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies tensors that share memory: safetensors refuses them."""
+    seen: set[int] = set()
+    owned: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        owned[key] = t.clone() if t.data_ptr() in seen else t
+        seen.add(t.data_ptr())
+    return owned

@@ -11,5 +11,6 @@ from funcpeft.quant.mxfp8 import MXFP8
 from funcpeft.quant.nf4 import NF4
 from funcpeft.quant.nvfp4 import NVFP4
 from funcpeft.quant.ternary import Ternary
+from funcpeft.quant.torchaonf4 import TorchAONF4
 
-__all__ = ["FP4", "FP8", "MXFP4", "MXFP8", "NF4", "NVFP4", "AffineInt", "Codebook", "Dense", "Int8", "Ternary"]
+__all__ = ["FP4", "FP8", "MXFP4", "MXFP8", "NF4", "NVFP4", "AffineInt", "Codebook", "Dense", "Int8", "Ternary", "TorchAONF4"]

@@ -5,7 +5,7 @@ r"""NF4: four bits at the quantiles of a normal distribution, one absmax scale p
 c: the 16 levels, ascending from -1 to 1 with an exact 0; b: block size, counted along the flattened weight. qdata: uint8
 ``(ceil(n / 2),)``, two codes a byte, the earlier entry in the high half; scale: float32 ``(ceil(n / b),)``. With
 ``double_quant``: scale uint8 ``(ceil(n / b),)``, nested_scale float32 ``(ceil(n / b / 256),)``, offset float32 ``()``. As
-bitsandbytes stores it, bit for bit; its CPU kernel (0.50) decodes wrongly where a row is even and no multiple of b.
+bitsandbytes stores it, bit for bit; its AVX512 kernel (0.50) decodes wrongly where a row is even and no multiple of b.
 
 References:
     Dettmers et al., QLoRA, 2023, arXiv 2305.14314, section 3 and appendix E (the levels).

@@ -111,7 +111,7 @@ def kind(case: Stored) -> None:
 
 
 def node(case: Stored) -> None:
-    """It is a node of both tree libraries; static parts hash; it is saved by torch and copied; a dtype cast changes no tensor."""
+    """It is a node of both tree libraries, its static parts hash, it is saved and copied, and a dtype cast moves nothing."""
     q = case.quantized()
     leaves, spec = pytree.tree_flatten(q)
     assert same_bits(dict(pytree.tree_unflatten(leaves, spec).data), dict(q.data)), f"node: torch's pytree, at {case}"

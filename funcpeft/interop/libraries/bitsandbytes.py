@@ -1,9 +1,9 @@
 """bitsandbytes: ``Linear4bit`` and ``Linear8bitLt``, in memory and in checkpoints.
 
 Four bits: ``weight`` uint8 ``(ceil(n / 2), 1)`` in any dtype's view of the same bytes, ``weight.absmax``,
-``weight.quant_map``, with double quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``, and the rest as JSON in a
-uint8 tensor ``weight.quant_state.bitsandbytes__nf4``. Eight bits: ``weight`` int8 ``(out, in)``, ``SCB`` float32 ``(out,)``. The library's
-layers rewrite their weight in an eval forward on some CPUs; such a layer is refused.
+``weight.quant_map``, with double quantization ``weight.nested_absmax`` and ``weight.nested_quant_map``, and the rest as JSON
+in a uint8 tensor ``weight.quant_state.bitsandbytes__nf4``. Eight bits: ``weight`` int8 ``(out, in)``, ``SCB`` float32
+``(out,)``. The library's layers rewrite their weight in an eval forward on some CPUs; such a layer is refused.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class BitsAndBytes(Library):
         return Quantized(data, fmt, shape, getattr(torch, state["dtype"]))
 
     def refuses(self, quantized: Quantized) -> str | None:
-        if not isinstance(quantized.format, Lookup | Int8):
+        if not isinstance(quantized.format, NF4 | FP4 | Int8):
             return f"bitsandbytes stores nf4, fp4 and int8, not {quantized.format!r}"
         return None if len(quantized.shape) == 2 else f"bitsandbytes stores matrices, not shape {tuple(quantized.shape)}"
 
@@ -120,7 +120,7 @@ class BitsAndBytes(Library):
             "load_in_8bit": not four,
             "_load_in_4bit": four,
             "_load_in_8bit": not four,
-            "llm_int8_skip_modules": list(dense) or None,
+            "llm_int8_skip_modules": list(dense),
             "llm_int8_threshold": 6.0,
             "bnb_4bit_quant_storage": "uint8",
         }

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
 from funcpeft.interop.library import Library, Taken, Tensors
-from funcpeft.quant import nf4
 from funcpeft.quant.affineint import AffineInt
 from funcpeft.quant.blocks import BlockSize
 from funcpeft.quant.fp8 import FP8
 from funcpeft.quant.int8 import Int8
-from funcpeft.quant.lookup import Lookup, pair_table
 from funcpeft.quant.mxfp4 import MXFP4
 from funcpeft.quant.mxfp8 import MXFP8
+from funcpeft.quant.nf4 import NF4
 from funcpeft.quant.nvfp4 import NVFP4, swizzled, unswizzled
+from funcpeft.quant.torchaonf4 import TorchAONF4
 from funcpeft.storage import Quantized
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,31 +38,8 @@ _INTEGERS = {f"int{bits}": bits for bits in range(1, 9)}
 _ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TorchAONF4(Lookup):
-    """NF4 with torchao's levels: the paper's to four decimals, then in the dtype of the weight.
-
-    Args:
-        precision: Name of the dtype in which the levels are stored: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-    """
-
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known = [_name(d) for d in _FLOATS]
-        self.require(self.precision in known, "precision", f"one of {errors.listed(known)}", self.precision)
-
-    @property
-    def levels(self) -> tuple[float, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The level of every code."""
-        rounded = torch.tensor([round(v, 4) for v in nf4.LEVELS], dtype=getattr(torch, self.precision), device="cpu")
-        return tuple(rounded.tolist())
-
-    @property
-    def pairs(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """``pair_table(levels)``."""
-        return pair_table(self.levels)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,7 @@ class TorchAO(Library):
         if not parts:
             return None
         where = f"torchao at {path!r}"
-        described = _description((metadata or {}).get(f"{path}.weight"), path, where)
+        described = _description(metadata or {}, f"{path}.weight", where)
         kind, facts = described["_type"], {n: _decoded(v) for n, v in described["_data"].items()}
         _require_readable(kind, where, CheckpointError)
         facts.setdefault("dtype", facts.get("orig_dtype", dtype))
@@ -183,8 +160,9 @@ class _Found:
     def tiles(self) -> tuple[BlockSize, tuple[int, int]]:
         """Returns which entries share a scale, and the shape of their table."""
         rows, columns = self.shape
-        size = tuple(self.facts.get("block_size") or (rows, columns))
-        if len(size) != 2 or min(size) < 1 or rows % size[0] or columns % size[1]:
+        size: Any = self.facts.get("block_size") or (rows, columns)
+        pair = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+        if not pair or rows % size[0] or columns % size[1]:
             raise self.unlike(f"block_size must divide {rows} x {columns}", size)
         r, c = size
         block: BlockSize = (r, c)
@@ -292,17 +270,18 @@ _READERS: dict[str, Callable[[_Found], tuple[dict[str, Tensor], Any]]] = {
 }
 
 
-def _description(text: str | None, path: str, where: str) -> dict[str, Any]:
-    """Reads the JSON that describes a weight.
+def _description(metadata: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
+    """Reads the JSON that describes a weight; its name there may have a prefix more or less, that of a whole model.
 
     Raises:
         CheckpointError: If it is missing, no JSON, or not of this form.
     """
-    if text is None:
-        rule = f"the file's metadata must describe '{path}.weight'"
-        raise CheckpointError(errors.say(where, rule, "none", "read the metadata of every file too"))
+    keys = [k for k in metadata if k == name or k.endswith(f".{name}") or name.endswith(f".{k}")]
+    if not keys:
+        remedy = "save the model with transformers' save_pretrained"
+        raise CheckpointError(errors.say(where, f"the metadata of the file must describe {name!r}", "none", remedy))
     try:
-        found = json.loads(text)
+        found = json.loads(metadata[max(keys, key=lambda k: (k == name, len(k)))])
     except json.JSONDecodeError as e:
         raise CheckpointError(errors.say(where, "the description of the weight must be JSON", str(e))) from e
     if not isinstance(found, dict) or not isinstance(found.get("_type"), str) or not isinstance(found.get("_data"), dict):
@@ -362,7 +341,7 @@ _REFUSALS: dict[type, Callable[[Quantized], str | None]] = {
     Int8: _says("torchao multiplies by the scale, not by scale / 127; store it as AffineInt(bits=8, block_size='row')"),
     MXFP4: _says(_NO_PRODUCT),
     MXFP8: _says(_NO_PRODUCT),
-    nf4.NF4: _says(_UNSAVED),
+    NF4: _says(_UNSAVED),
     TorchAONF4: _says(_UNSAVED),
 }
 
@@ -437,7 +416,3 @@ def _dtype(dtype: torch.dtype) -> dict[str, str]:
 
 def _intx(bits: int) -> dict[str, str]:
     return {"_type": "torch.dtype", "_data": f"int{bits}"}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
