@@ -400,8 +400,8 @@ ROWS = [
     (lambda: Library().read({}, "up", X.shape, X.dtype, {}, None), T, ": this library has no checkpoints"),
     (lambda: Library().write(None, "up"), T, ": this library has no writer"),
     (lambda: Library().config({}, ()), T, ": this library has no writer"),
-    (lambda: BitsAndBytes().pick({"b": X}, "up", "a"), F, r"bitsandbytes at 'up': tensor 'a' is required, got \['b'\]"),
-    (lambda: BitsAndBytes().pick({"a": X}, "up", "a", (3,)), F, r"'a' must have shape \(3,\), got \(2, 8\)"),
+    (lambda: BitsAndBytes().pick({"b": X}, "up", "a"), errors.CheckpointError, r"bitsandbytes at 'up': tensor 'a' is required, got \['b'\]"),
+    (lambda: BitsAndBytes().pick({"a": X}, "up", "a", (3,)), errors.CheckpointError, r"'a' must have shape \(3,\), got \(2, 8\)"),
     (
         lambda: BitsAndBytes().same({"up": NF4().requant(X), "down": Int8().requant(X)}, lambda q: str(q.format)),
         V,
