@@ -12,7 +12,8 @@ from funcpeft.functional import Model
 from funcpeft.interop.modules import functionalize
 from funcpeft.interop.options import choose_format
 from funcpeft.interop.peft import load_peft, save_peft
-from funcpeft.interop.transformers import load_pretrained, write_quantized
+from funcpeft.interop.transformers import load_pretrained
+from funcpeft.interop.writing import write_quantized
 from funcpeft.loftq import loftq
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method

@@ -15,7 +15,8 @@ from funcpeft.errors import CheckpointError
 from funcpeft.functional import Model
 from funcpeft.interop.libraries.bitsandbytes import BitsAndBytes
 from funcpeft.interop.modules import functionalize
-from funcpeft.interop.transformers import load_pretrained, write_quantized
+from funcpeft.interop.transformers import load_pretrained
+from funcpeft.interop.writing import write_quantized
 from funcpeft.quant import NF4, AffineInt, Int8
 from funcpeft.quant.fp4 import FP4
 from funcpeft.quantization import dequantize, quantize

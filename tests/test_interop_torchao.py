@@ -13,7 +13,8 @@ from funcpeft.errors import CheckpointError
 from funcpeft.interop.libraries import TorchAO
 from funcpeft.interop.libraries.torchao import TorchAONF4
 from funcpeft.interop.modules import owner
-from funcpeft.interop.transformers import load_pretrained, write_quantized
+from funcpeft.interop.transformers import load_pretrained
+from funcpeft.interop.writing import write_quantized
 from funcpeft.quant.affineint import AffineInt
 from funcpeft.quant.fp4 import FP4
 from funcpeft.quant.fp8 import FP8

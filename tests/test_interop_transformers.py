@@ -17,8 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from funcpeft.adapt import adapt
 from funcpeft.errors import CheckpointError
 from funcpeft.functional import functionalize
-from funcpeft.interop import transformers as checkpoints
-from funcpeft.interop.transformers import load_pretrained, quantization_of, write_quantized
+from funcpeft.interop import transformers as transformers_
+from funcpeft.interop import writing
+from funcpeft.interop.transformers import load_pretrained, quantization_of
+from funcpeft.interop.writing import write_quantized
 from funcpeft.methods import LoRA
 from funcpeft.quant import NF4
 from funcpeft.quant.fp4 import FP4
@@ -362,8 +364,8 @@ def test_where_a_config_names_its_quantization():
     assert quantization_of({"text_config": {"quantization_config": {"quant_method": "x"}}}) == {"quant_method": "x"}
     bnb = transformers.BitsAndBytesConfig(load_in_4bit=True)
     assert quantization_of({"quantization_config": bnb})["load_in_4bit"] is True
-    assert checkpoints.quant_method({"load_in_8bit": True}) == "bitsandbytes"
-    assert checkpoints.quant_method(bnb.to_dict()) == "bitsandbytes"
+    assert transformers_.quant_method({"load_in_8bit": True}) == "bitsandbytes"
+    assert transformers_.quant_method(bnb.to_dict()) == "bitsandbytes"
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------------
@@ -432,7 +434,7 @@ def test_a_failing_write_leaves_the_old_files(copied, monkeypatch):
             raise OSError("the disk is full")
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(checkpoints, "save_file", failing)
+    monkeypatch.setattr(writing, "save_file", failing)
     with pytest.raises(OSError, match="the disk is full"):
         write_quantized(model, params, folder, max_shard_size=20_000)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -516,7 +518,7 @@ def test_layers_that_transformers_keeps_dense_are_refused(tmp_path):
 def test_libraries_are_asked_in_turn(tmp_path, monkeypatch):
     model, params = zoo.functional("llama")
     four = quantize(model, params, NF4(block_size=32), target_modules=["q_proj"])
-    bnb = next(library for library in checkpoints.LIBRARIES if library.name == "bitsandbytes")
+    bnb = next(library for library in writing.LIBRARIES if library.name == "bitsandbytes")
 
     class Never(type(bnb)):
         name = "never"
@@ -527,12 +529,12 @@ def test_libraries_are_asked_in_turn(tmp_path, monkeypatch):
     class Same(type(bnb)):
         name = "same"
 
-    monkeypatch.setattr(checkpoints, "LIBRARIES", (Never(),))
+    monkeypatch.setattr(writing, "LIBRARIES", (Never(),))
     with pytest.raises(
         ValueError, match=r"a library must have this layout, got 'model.layers.0.self_attn.q_proj': never stores"
     ):
         write_quantized(model, four, tmp_path)
-    monkeypatch.setattr(checkpoints, "LIBRARIES", (Never(), bnb, Same()))
+    monkeypatch.setattr(writing, "LIBRARIES", (Never(), bnb, Same()))
     with pytest.raises(ValueError, match=r"one library must be chosen, got 'bitsandbytes', 'same'; pass library="):
         write_quantized(model, four, tmp_path)
     write_quantized(model, four, tmp_path, library="same")
@@ -541,7 +543,7 @@ def test_libraries_are_asked_in_turn(tmp_path, monkeypatch):
 
 
 def test_metadata_of_layers_is_put_together():
-    joined = checkpoints._joined({"format": "pt", "names": '["a"]'}, {"names": '["b"]', "b": "{}", "format": "pt"})
+    joined = writing._joined({"format": "pt", "names": '["a"]'}, {"names": '["b"]', "b": "{}", "format": "pt"})
     assert joined == {"format": "pt", "names": '["a", "b"]', "b": "{}"}
 
 

@@ -175,7 +175,8 @@ def test_a_report_prints_as_a_table_with_its_columns_explained():
         assert word in text
     assert max(map(len, text.splitlines())) <= 130
     with pytest.raises(
-        KeyError, match=r"column must be one of 'update', 'error', 'bound', 'realised', 'swallowed', 'rel_error', 'changed_codes', 'clipped', got 'size'"
+        KeyError,
+        match=r"column must be one of 'update', .* 'swallowed', 'rel_error', 'changed_codes', 'clipped', got 'size'",
     ):
         report.worst("size")
 

@@ -30,7 +30,8 @@ _INTEGERS = (torch.int32, torch.int64)
 #: What a checkpoint subtracts from its zeros, by its ``checkpoint_format``.
 _LESS = {"gptq": 1, "gptq_v2": 0}
 _BITS = (2, 3, 4, 8)
-#: Inputs per group for which gptqmodel 7.6 has a layer.
+#: Inputs per group for which gptqmodel 7.6 has a layer. Four bits in groups of 16 load on a CPU, but in eval mode torch 2.13
+#: has no kernel for them.
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _STREAM = PACKINGS["compressed"]
 
