@@ -106,7 +106,7 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None, *,
         return kind.product(x, quantized.format.dequant(quantized), bias)
     slots = (*tensors, *(None,) * (SLOTS - len(tensors)))
     static = (tuple(quantized.data), quantized.format, tuple(quantized.shape), quantized.dtype)
-    return _Product.apply(x, bias, *slots, static, kind, False)  # type: ignore[return-value]
+    return _Product.apply(x, bias, *slots, static, kind, False)
 
 
 def _recomputes(quantized: Quantized, asked: bool | None) -> bool:
@@ -131,7 +131,7 @@ class _Product(torch.autograd.Function):
     """The product or, with ``adjoint``, its transpose; the derivative of each is the other, so both decode anew."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         x: Tensor,
         bias: Tensor | None,
         a: Tensor,
@@ -180,7 +180,7 @@ class _Product(torch.autograd.Function):
 
 def _transposed(grad: Tensor, slots: list[Any], static: Static, kind: Kind, adjoint: bool) -> Tensor:
     if torch.is_grad_enabled() and _reverse_only(grad):  # a second derivative may follow; torch.func.grad allows for one
-        return _Product.apply(grad, None, *slots, static, kind, not adjoint)  # type: ignore[return-value]
+        return _Product.apply(grad, None, *slots, static, kind, not adjoint)
     return _plain(grad, None, tuple(t for t in slots if t is not None), static, kind, not adjoint)
 
 
@@ -196,6 +196,6 @@ def _of_slots(
         put = {**dict(enumerate(slots)), **dict(zip(at, given, strict=True))}
         return _plain(x, None, tuple(t for t in put.values() if t is not None), static, kind, adjoint)
 
-    _, back = torch.func.vjp(of, *(slots[i] for i in at))
+    back: Any = torch.func.vjp(of, *(slots[i] for i in at))[1]
     found = dict(zip(at, back(grad), strict=True))
     return tuple(found.get(i) for i in range(SLOTS))

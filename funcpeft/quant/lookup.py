@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -169,7 +170,7 @@ def nested(maxima: Tensor) -> Data:
     return {"scale": codes.reshape(-1)[: maxima.numel()].clone(), "nested_scale": largest, "offset": offset}
 
 
-def unnested(data: Data) -> Tensor:
+def unnested(data: Mapping[str, Tensor]) -> Tensor:
     """Inverts ``nested`` up to rounding."""
     codes, largest = data["scale"], data["nested_scale"]
     levels = torch.tensor(_DYNAMIC_LEVELS, dtype=torch.float32) if torch.compiler.is_compiling() else _DYNAMIC

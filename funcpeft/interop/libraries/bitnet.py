@@ -61,7 +61,7 @@ class BitNet(Library):
             raise CheckpointError(errors.one_of(where, "quantization_mode", mode, _MODES))
         if kind == "autobitlinear" and mode == "online":
             return self._rounded(tensors, path, shape, dtype, config)
-        if "weight_scale" not in tensors:
+        if "weight_scale" not in tensors and not gptq.is_coded(tensors):
             return None
         if kind == "autobitlinear" and "weight" in tensors and tensors["weight"].is_floating_point():
             return self._unpacked(tensors, path, shape, dtype)

@@ -62,7 +62,7 @@ class CompressedTensors(Library):
     def read(
         self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, config: Mapping[str, Any], metadata: Any
     ) -> Quantized | None:
-        if not any(name.startswith("weight_") for name in tensors):
+        if not any(name.startswith("weight_") for name in tensors) and not gptq.is_coded(tensors):
             return None
         scheme = dict(_scheme(config, path, f"{self.name} at {path!r}"))
         scheme["format"] = scheme.get("format") or config.get("format")

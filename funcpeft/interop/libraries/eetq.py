@@ -44,7 +44,7 @@ class EETQ(Library):
     def read(
         self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, config: Mapping[str, Any], metadata: Any
     ) -> Quantized | None:
-        if "weight_scales" not in tensors:
+        if "weight_scales" not in tensors and not gptq.is_coded(tensors):
             return None
         gptq.require_fit(self, _FORMAT, path, shape)
         out, in_ = shape

@@ -45,7 +45,7 @@ class FineGrainedFP8(Library):
     )
 
     def owns(self, layer: nn.Module) -> bool:
-        return super().owns(layer) and getattr(layer, "weight", torch.empty(0)).element_size() == 1
+        return super().owns(layer) and gptq.is_coded(gptq.held(layer))
 
     def take(self, layer: Any, path: str, dtype: torch.dtype, config: Mapping[str, Any]) -> Taken:
         if type(layer).__name__ == "FP8GroupedLinear":
@@ -61,7 +61,7 @@ class FineGrainedFP8(Library):
     ) -> Quantized | None:
         rowwise = config.get("quant_method") == "fbgemm_fp8"
         names = ("weight_scale",) if rowwise else _NAMES
-        if not any(name in tensors for name in names) and not _eight_bits(tensors.get("weight")):
+        if not any(name in tensors for name in names) and not gptq.is_coded(tensors):
             return None
         if rowwise:
             return self._rows(tensors, path, shape, dtype)
@@ -117,10 +117,6 @@ class FineGrainedFP8(Library):
             "weight_block_size": None if block == "tensor" else list(_tile(next(iter(stored.values())))),
             "modules_to_not_convert": list(dense),
         }
-
-
-def _eight_bits(weight: Tensor | None) -> bool:
-    return weight is not None and weight.element_size() == 1
 
 
 def _tile(quantized: Quantized) -> tuple[int, int]:

@@ -170,6 +170,11 @@ def picked(
     return t
 
 
+def is_coded(tensors: Tensors) -> bool:
+    """Whether the tensor of the name of a dense weight has entries of eight bits, which no dense weight has."""
+    return "weight" in tensors and tensors["weight"].element_size() == 1
+
+
 def require_fit(library: Library, fmt: Any, path: str, shape: torch.Size) -> None:
     """Raises ``CheckpointError`` if a weight of this shape cannot be stored in a format."""
     reason = fmt.misfit(shape)
