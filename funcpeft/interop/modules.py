@@ -5,6 +5,8 @@ Imports libraries, functional, errors.
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,8 +47,20 @@ def functionalize(module: nn.Module) -> tuple[Model, Params]:
         changes one of its *parameters* in place (only ``max_norm`` of torch's layers does) would change the caller's leaf.
     """
     taken = foreign(module) if isinstance(module, nn.Module) else {}
+    module = _without_hooks(module) if taken else module
     replaced = {path: (t.plain(), _leaves(t)) for path, t in taken.items()}
     return functional.functionalize(module, replaced=replaced)
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """Returns a shallow copy without the hooks by which compressed-tensors decompresses layers before a forward."""
+    kept = {k: h for k, h in module._forward_pre_hooks.items() if not str(h.__module__).startswith("compressed_tensors.")}
+    if len(kept) == len(module._forward_pre_hooks):
+        return module
+    new = copy.copy(module)
+    held = {n: v for n, v in module.__dict__.items() if n != "ct_decompress_hook"}
+    new.__dict__ = {**held, "_forward_pre_hooks": OrderedDict(kept)}
+    return new
 
 
 def foreign(module: nn.Module) -> dict[str, Taken]:

@@ -87,7 +87,8 @@ def _stream(codes: Tensor, bits: int, unit: int = 1) -> Tensor:
     if bits == 8:
         stream = codes
     else:
-        words = F.pad(codes, (0, -columns % 8)).contiguous().view(torch.int64)
+        # flat first: a single row counts as contiguous whatever its stride, and is then no view of words
+        words = F.pad(codes, (0, -columns % 8)).reshape(-1).view(torch.int64).reshape(rows, -1)
         stream = _gather(words, bits).view(torch.uint8).reshape(rows, -1, 8)[:, :, :bits].reshape(rows, -1)[:, :count]
     return F.pad(stream, (0, -count % unit)).contiguous()
 
