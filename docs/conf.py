@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import torch  # noqa: E402
+from matplotlib import rc_context  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
 import funcpeft  # noqa: E402
 from funcpeft import methods, quant  # noqa: E402
+from funcpeft.interop import libraries, options  # noqa: E402
+from funcpeft.interop.library import Library  # noqa: E402
 from funcpeft.method import Method  # noqa: E402
+from funcpeft.quant.format import Format  # noqa: E402
+from funcpeft.storage import Quantized  # noqa: E402
 
 project = "funcpeft"
 author = "the funcpeft authors"
@@ -58,6 +69,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"(Tensor|nn\.Module|Any|Callable|Mapping|Sequence|Iterable|Self|optional|PathLike)"),
     (r"py:class", r"(Leaves|Params|Tree|Adapters|Hyper|Memory|Values|Law|Call)"),
     (r"py:class", r"funcpeft\.adapt\.Entry"),
+    (r"py:class", r"funcpeft\.quant\.(lookup|minifloat)\.\w+"),  # families of formats
     (r"py:.*", r".*\._\w+"),
 ]
 
@@ -167,12 +179,141 @@ def formats_page() -> str:
     return "\n".join([*list_table(["format", "what it is", "decoded weight"], rows), *sections("format", classes)])
 
 
+# -- who stores what ------------------------------------------------------------------------------------------------------
+
+FORMATS: list[type[Format]] = [getattr(quant, n) for n in sorted(quant.__all__, key=str.lower)]
+LIBRARIES: list[type[Library]] = [getattr(libraries, n) for n in libraries.__all__]
+
+
+def acts(function: Callable[..., Any]) -> bool:
+    """Whether a function does anything but raise."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(node, ast.FunctionDef)
+    return not all(isinstance(line, ast.Expr | ast.Raise) for line in node.body)
+
+
+def made_by(cls: type[Library]) -> list[type[Format]]:
+    """Returns the formats that a library's file calls or keeps in a table; without any, those of the file it draws on."""
+    module = sys.modules[cls.__module__]
+    nodes = list(ast.walk(ast.parse(inspect.getsource(module))))
+    used = [n.func for n in nodes if isinstance(n, ast.Call)] + [v for n in nodes if isinstance(n, ast.Dict) for v in n.values]
+    names = {n.id for n in used if isinstance(n, ast.Name)}
+    own = [f for f in FORMATS if f.__name__ in names]
+    drawn_on = [c for c in LIBRARIES if c is not cls and sys.modules[c.__module__] in vars(module).values()]
+    return own or [f for c in drawn_on for f in made_by(c)]
+
+
+def backends() -> Iterator[tuple[str, str, Format]]:
+    """Yields every backend and dtype that ``choose_format`` knows, and the format."""
+    for backend, dtypes in options._BACKENDS.items():
+        for dtype in dtypes:
+            yield backend, dtype, options.choose_format({"backend": backend, "weight_dtype": dtype})
+
+
+def stored_samples() -> list[Quantized]:
+    """Returns a weight in every format that has an example or a backend."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    formats = [e for f in FORMATS for e in f.examples()] + [fmt for _, _, fmt in backends()]
+    return [fmt.sample(weight) for fmt in formats if fmt.fits(weight.shape)]
+
+
+def stores_table() -> str:
+    samples, made = stored_samples(), {c: made_by(c) for c in LIBRARIES}
+    written = {c: {type(q.format) for q in samples if c().refuses(q) is None} for c in LIBRARIES if acts(c.write)}
+    named = lambda found: ", ".join(sorted(c.name for c in found))  # noqa: E731
+    rows = [
+        [
+            link(fmt),
+            named(c for c in LIBRARIES if acts(c.take) and fmt in made[c]),
+            named(c for c in LIBRARIES if acts(c.read) and fmt in made[c]),
+            named(c for c, formats in written.items() if fmt in formats),
+        ]
+        for fmt in FORMATS
+        if any(fmt in formats for formats in made.values())
+    ]
+    return "\n".join(list_table(["format", "layers in memory", "checkpoints", "written"], rows, "16 30 30 24"))
+
+
+def libraries_table() -> str:
+    literal = lambda names: ", ".join(f"``{n}``" for n in names)  # noqa: E731
+    rows = [[f"``{c.name}``", literal(c.quant_methods), about(c)] for c in sorted(LIBRARIES, key=lambda c: c.name)]
+    return "\n".join(list_table(["library", "``quant_method``", "what is read"], rows, "20 24 56"))
+
+
+def backends_table() -> str:
+    found: dict[str, dict[str, Format]] = {}
+    for backend, dtype, fmt in backends():
+        found.setdefault(backend, {})[dtype] = fmt
+    rows = [
+        [f"``{b}``", ", ".join(f"``{d}``" for d in dtypes), ", ".join(dict.fromkeys(link(type(f)) for f in dtypes.values()))]
+        for b, dtypes in found.items()
+    ]
+    return "\n".join(list_table(["``backend``", "``weight_dtype``", "format"], rows, "22 48 30"))
+
+
+# -- what survives requantizing -------------------------------------------------------------------------------------------
+
+#: Formats of the picture with a colour (Okabe and Ito's, safe for the colour-blind) and a marker.
+PICTURED: dict[str, tuple[Format, str, str]] = {
+    "FP8": (quant.FP8(), "#666666", "s"),
+    "Int8": (quant.Int8(), "#000000", "o"),
+    "NF4": (quant.NF4(), "#0072B2", "o"),
+    "FP4": (quant.FP4(), "#56B4E9", "s"),
+    "NVFP4": (quant.NVFP4(), "#009E73", "^"),
+    "MXFP4": (quant.MXFP4(), "#CC79A7", "v"),
+    "AffineInt, 4 bits": (quant.AffineInt(), "#D55E00", "D"),
+    "AffineInt, 2 bits": (quant.AffineInt(bits=2), "#E69F00", "P"),
+    "Ternary": (quant.Ternary(), "#7A5200", "X"),
+}
+SEEDS = 4
+
+
+def realised(fmt: Format, sizes: list[float], seed: int, refit: bool) -> list[float]:
+    """Returns, per relative size of a rank-8 update of a weight on its grid, the fraction that requantizing leaves."""
+    draws = torch.Generator().manual_seed(seed)
+    stored = fmt.requant(0.02 * torch.randn(128, 128, generator=draws))
+    base, found = fmt.dequant(stored), []
+    direction = torch.randn(128, 8, generator=draws) @ torch.randn(8, 128, generator=draws)
+    for size in sizes:
+        update = direction * (size * base.norm() / direction.norm())
+        again = fmt.dequant(fmt.requant(base + update, like=None if refit else stored))
+        found.append(float(((again - base) * update).sum() / update.square().sum()))
+    return found
+
+
+def draw_realised(path: Path) -> None:
+    """Draws the fraction of an update that requantizing leaves against the update's size."""
+    sizes = torch.logspace(-3, 0, 25).tolist()
+    panels = {"same grid: requantize": False, "scales fitted anew: refit": True}
+    with rc_context({"svg.hashsalt": "realised", "svg.fonttype": "path", "font.size": 10}):
+        figure = Figure(figsize=(9, 4.8), layout="constrained")
+        for axes, (title, refit) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+            for label, (fmt, colour, marker) in PICTURED.items():
+                mean = torch.tensor([realised(fmt, sizes, seed, refit) for seed in range(SEEDS)]).mean(0).tolist()
+                dash = (0, (4, 2)) if refit and not fmt.refits_exactly else "-"
+                axes.plot(sizes, mean, color=colour, marker=marker, markevery=3, markersize=5, linestyle=dash, label=label)
+            axes.axhline(0.9, color="#888888", linewidth=1, linestyle=":", label="default limit of merge")
+            axes.set(xscale="log", ylim=(-0.05, 1.25), title=title, xlabel="size of the update, relative to the weight")
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("realised fraction of the update")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def generate(app: Any) -> None:
     """Writes the generated parts and copies the notebooks, before Sphinx looks for sources."""
     out = DOCS / "generated"
     out.mkdir(exist_ok=True)
-    for name, text in (("methods.rst", methods_page()), ("formats.rst", formats_page())):
-        write(out / name, text)
+    pages = {
+        "methods.rst": methods_page,
+        "formats.rst": formats_page,
+        "stores.rst": stores_table,
+        "libraries.rst": libraries_table,
+        "backends.rst": backends_table,
+    }
+    for name, make in pages.items():
+        write(out / name, make())
+    draw_realised(out / "realised.svg")
     (DOCS / "notebooks").mkdir(exist_ok=True)
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         shutil.copy2(notebook, DOCS / "notebooks" / notebook.name)

@@ -124,7 +124,8 @@ def report_table(report: MergeReport) -> str:
         column.justify = "right"
     for path, row in report.sites.items():
         table.add_row(path, *(_cell(row[c]) if c in row else "" for c in columns))
-    console = Console(width=max(100, 20 + 11 * len(columns) + max(map(len, report.sites), default=0)), color_system=None)
+    wide = max(100, 20 + 11 * len(columns) + max(map(len, report.sites), default=0))
+    console = Console(width=wide, color_system=None, force_jupyter=False)
     with console.capture() as text:
         console.print(table)
     lines = [text.get().rstrip(), *(f"  {name}: {meaning}" for name, meaning in columns.items()), *report.notes]

@@ -236,8 +236,8 @@ def _report_table(report: QuantizationReport) -> str:
     if report.rest:
         table.add_row("(all others)", "dense", f"{report.rest:,}", f"{report.rest:,}", "", "", "")
     before, after = report.total("before"), report.total("after")
-    wide = max([100, *(60 + len(k) + len(f) for k, f in zip(report.sites, report.formats, strict=True))])
-    console = Console(width=wide, color_system=None)
+    wide = max([100, *(90 + len(k) + len(f) for k, f in zip(report.sites, report.formats, strict=True))])
+    console = Console(width=wide, color_system=None, force_jupyter=False)
     with console.capture() as text:
         console.print(table)
     return text.get().rstrip() + f"\n{before:,} bytes before, {after:,} after, {before / max(after, 1):.2f} times smaller"

@@ -51,7 +51,7 @@ def net_table(net: Net, params: Mapping[str, Any] | None = None) -> str:
             )
         total += sum(counts.values())
     width = max(100, (70 if params is None else 120) + max((len(p) for e in net.entries for p in e.sites), default=0))
-    console = Console(width=width, color_system=None)
+    console = Console(width=width, color_system=None, force_jupyter=False)
     with console.capture() as text:
         console.print(table)
     base = sum(s.numel() for k, s in net.model.shapes.items() if k not in net.model.buffers)

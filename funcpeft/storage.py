@@ -23,9 +23,11 @@ from funcpeft.tree import register
 #: 2.13's tracer mixes up the arguments of one with ``*args``.
 SLOTS = 6
 
-#: Entries from which a weight is decoded again in backward rather than kept: a megabyte in float32. Below it the autograd
-#: function costs more time than the decoding does, and what it saves is small.
-RECOMPUTE_FROM = 2**18
+#: Entries from which a weight is decoded again in backward rather than kept. Below it the autograd function costs more time
+#: than decoding does, and what it saves is small; inside of a transform of torch.func, where it costs ten times as much, a
+#: weight is worth it from a megabyte in float32.
+RECOMPUTE_FROM = 2**14
+RECOMPUTE_FROM_INSIDE = 2**18
 
 
 class Format(Protocol):
@@ -98,8 +100,9 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None, *,
         recompute: Whether to decode again in backward where that can be done; by default for large weights.
 
     Note:
-        Weights of fewer than ``RECOMPUTE_FROM`` entries are kept. Under ``torch.compile`` the weight is decoded in the graph,
-        whose partitioner decides what is kept. Forward mode and autocast go through plain operations too.
+        Weights of fewer than ``RECOMPUTE_FROM`` entries (inside a transform ``RECOMPUTE_FROM_INSIDE``) are kept. Under
+        ``torch.compile`` the weight is decoded in the graph, whose partitioner decides what is kept. Forward mode and autocast
+        go through plain operations too.
     """
     tensors = tuple(quantized.data.values())
     if not (kind.has_adjoint and _recomputes(quantized, recompute) and _reverse_only(x)):
@@ -110,8 +113,10 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None, *,
 
 
 def _recomputes(quantized: Quantized, asked: bool | None) -> bool:
-    wanted = quantized.shape.numel() >= RECOMPUTE_FROM if asked is None else asked
-    return wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    least = RECOMPUTE_FROM_INSIDE if torch._C._are_functorch_transforms_active() else RECOMPUTE_FROM
+    return quantized.shape.numel() >= least if asked is None else asked
 
 
 def _reverse_only(x: Tensor) -> bool:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from funcpeft import storage
 from funcpeft.layers import Linear, Transposed
 from funcpeft.quant import NF4, AffineInt, Int8, Ternary
-from funcpeft.storage import RECOMPUTE_FROM, Quantized, product
+from funcpeft.storage import RECOMPUTE_FROM, RECOMPUTE_FROM_INSIDE, Quantized, product
 from funcpeft.tree import tree_leaves, tree_map
 
 IN, OUT, BATCH = 24, 16, 3
@@ -68,6 +69,19 @@ def test_large_weights_are_recomputed_by_default(kind):
         q, _ = stored(kind, Int8(), rows=r, columns=c)
         y = product(kind, drawn(2, c).requires_grad_(), q, None)
         assert ("_Product" in type(y.grad_fn).__name__) == recomputes
+
+
+@over_kinds
+def test_inside_a_transform_only_larger_ones_are(kind, monkeypatch):
+    met = []
+    right = storage._Product.apply
+    monkeypatch.setattr(storage._Product, "apply", lambda *args: met.append(args[0].shape) or right(*args))
+    side = int(RECOMPUTE_FROM_INSIDE**0.5)
+    for rows, columns, recomputes in ((side, side, True), (side, side - 1, False)):
+        met.clear()
+        q, _ = stored(kind, Int8(), rows=rows, columns=columns)
+        grad(lambda x, q=q: product(kind, x, q, None).sum())(drawn(2, columns))
+        assert bool(met) == recomputes
 
 
 # -- derivatives ---------------------------------------------------------------------------------------------------------------
