@@ -288,8 +288,8 @@ class Net:
             min_realised: Storing a weight as codes can round a small update away; less than this fraction of it surviving at
                 a site is an error. ``None`` for no limit; then the report alone says it.
             below: ``"raise"``, or ``"dense"`` to leave the weights of such sites dense, with a note in the report.
-            dtype: dtype of every floating parameter of the result that is a tensor (buffers keep theirs); by default each
-                keeps its own. Sums are taken in float64 and rounded once.
+            dtype: dtype of every floating parameter of the result (buffers keep theirs, and of codes it is what they decode
+                to); by default each keeps its own. Sums are taken in float64 and rounded once.
 
         Returns:
             ``(params, report)``: params for ``model(...)``, in which untouched leaves are shared with the argument, and what
@@ -336,6 +336,8 @@ class Net:
 
     def _in_dtype(self, params: Params, dtype: torch.dtype) -> Params:
         def cast(key: str, v: Any) -> Any:
+            if isinstance(v, Quantized):  # what it decodes to; no code changes
+                return v.to(dtype=dtype)
             floating = isinstance(v, Tensor) and v.is_floating_point() and key not in self.model.buffers
             return v.to(dtype) if floating else v
 

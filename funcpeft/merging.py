@@ -8,6 +8,7 @@ Imports quant, weights, tree, errors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,6 +63,9 @@ class Target:
             raise ValueError(
                 errors.say("merge", f"target must be one of {errors.listed(TARGETS)} or a format", repr(self.form))
             )
+        least = self.min_realised
+        if least is not None and (isinstance(least, bool) or not isinstance(least, int | float) or not math.isfinite(least)):
+            raise ValueError(errors.say("merge", "min_realised must be a finite number or None", repr(least)))
         if self.below not in BELOW:
             raise ValueError(errors.one_of("merge", "below", self.below, BELOW))
 
