@@ -451,3 +451,40 @@ def test_input_and_output_side_methods_never_make_a_stored_base_dense(monkeypatc
 
 def _without_patterns(method):
     return {f.name: {} for f in dataclasses.fields(method) if f.name.endswith("_pattern") and f.name != "layers_pattern"}
+
+
+def test_the_kernel_of_bitsandbytes_is_used_where_it_is_right(monkeypatch):
+    import sys
+
+    import bitsandbytes  # noqa: F401
+
+    from funcpeft import FP4
+
+    right = torch.ops.bitsandbytes.dequantize_4bit
+    calls = []
+    monkeypatch.setattr(torch.ops.bitsandbytes, "dequantize_4bit", lambda *args: calls.append(args[4]) or right(*args))
+
+    def plain(q):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "bitsandbytes")
+            before = len(calls)
+            out = q.format.dequant(q)
+            assert len(calls) == before
+        return out
+
+    for fmt in (NF4(), FP4(block_size=32), NF4(double_quant=True)):
+        for shape, taken in (((16, 128), True), ((96, 80), False), ((4, 4, 4, 4), True), ((7, 11), False)):
+            for dtype in (torch.float32, torch.bfloat16):
+                q = fmt.requant(drawn(*shape, dtype=dtype))
+                calls.clear()
+                got = fmt.dequant(q)
+                assert bool(calls) == (taken and (shape != (16, 128) or 128 % fmt.block_size == 0))
+                assert torch.equal(got, plain(q))
+    q = NF4().requant(drawn(16, 128))
+    calls.clear()
+    many = tree_map(lambda t: torch.stack((t, t)), q)
+    assert torch.equal(torch.func.vmap(NF4().dequant)(many)[1], plain(q))
+    scale = q.data["scale"].clone().requires_grad_()
+    NF4().dequant(dataclasses.replace(q, data={**q.data, "scale": scale})).sum().backward()
+    assert scale.grad.any()
+    assert not calls

@@ -3,8 +3,9 @@
 A format is a frozen dataclass, its fields the options of the storage. ``requant(weight) -> Quantized`` and
 ``dequant(quantized) -> weight`` are pure; ``step(quantized)`` bounds the error of each entry. To write one: subclass
 ``Format``, give ``encode``, ``encode_like``, ``decode`` and ``step`` on matrices in float32, say in ``misfit`` which shapes it
-refuses, and hand an instance to ``funcpeft.testing.check_format``. A format never imports the library whose storage it is.
-Imports storage, blocks, tree, errors.
+refuses, and hand an instance to ``funcpeft.testing.check_format``. A format never imports the library whose storage it is;
+NF4 and FP4 call bitsandbytes' kernel where that is loaded already and gives the same bits. Imports storage, blocks, tree,
+errors.
 """
 
 from __future__ import annotations

@@ -32,4 +32,5 @@ class FP4(Lookup):
     """
 
     levels: ClassVar[tuple[float, ...]] = _LEVELS
+    kernel: ClassVar[str] = "fp4"
     pairs: ClassVar[Tensor] = pair_table(_LEVELS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcpeft.quant.blocks import quotient
+from funcpeft.quant.blocks import matrix_shape, quotient
 from funcpeft.quant.format import Data, Format
 from funcpeft.storage import Quantized
 
@@ -40,6 +41,8 @@ class Lookup(Format):
 
     #: The level of every code.
     levels: ClassVar[tuple[float, ...]] = ()
+    #: Name of the levels in bitsandbytes' kernel, ``""`` if it has none.
+    kernel: ClassVar[str] = ""
     #: ``pair_table(levels)``, made once; a tracer makes its own, since it cannot take in a tensor from outside everywhere.
     pairs: ClassVar[Tensor]
 
@@ -95,11 +98,24 @@ class Lookup(Format):
 
     def decode(self, quantized: Quantized) -> Tensor:
         packed, scale, count = quantized.data["qdata"], self.scales(quantized), quantized.shape.numel()
+        if self._kernel_is_right(quantized, scale):
+            kind, shape = self.kernel, matrix_shape(quantized.shape)
+            return torch.ops.bitsandbytes.dequantize_4bit(packed[:, None], scale, self.block_size, kind, shape, torch.float32)
         values, blocks = self._looked_up(packed), scale.shape[0]
         if count == values.shape[0] and count % self.block_size == 0:
             return _scaled(values.reshape(blocks, self.block_size), scale[:, None]).reshape(-1)
         values = F.pad(values, (0, blocks * self.block_size - values.shape[0]))
         return _scaled(values.reshape(blocks, self.block_size), scale[:, None]).reshape(-1)[:count]
+
+    def _kernel_is_right(self, quantized: Quantized, scale: Tensor) -> bool:
+        """Whether bitsandbytes, if this process has loaded it, decodes to the same bits: it counts blocks by rows on a CPU.
+
+        Its kernel has no rule for ``vmap`` and no derivative with respect to scales.
+        """
+        if "bitsandbytes" not in sys.modules or not self.kernel or scale.requires_grad or scale.device.type != "cpu":
+            return False
+        whole = matrix_shape(quantized.shape)[1] % self.block_size == 0
+        return whole and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
     def _looked_up(self, packed: Tensor) -> Tensor:
         """Returns the level of every code, float32; several by one look-up, which is what decoding takes time for."""

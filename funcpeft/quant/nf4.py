@@ -37,4 +37,5 @@ class NF4(Lookup):
     """
 
     levels: ClassVar[tuple[float, ...]] = LEVELS
+    kernel: ClassVar[str] = "nf4"
     pairs: ClassVar[Tensor] = pair_table(LEVELS)
