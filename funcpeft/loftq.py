@@ -53,7 +53,15 @@ def loftq(
         raise ValueError(errors.say("loftq", "a LoRA that starts with LoftQ is required", repr(net), remedy))
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
         raise ValueError(errors.say("loftq", "iterations must be a positive int", repr(iterations)))
+    seen: dict[str, str] = {}
     for path, key in _weights(entries):
+        if key in seen:
+            rule, found = (
+                "one LoRA must start from what quantizing a weight loses",
+                f"a second one; the first is at {seen[key]!r}",
+            )
+            raise ValueError(errors.say(f"loftq at {path!r}", rule, found, "give the others init_lora_weights=True"))
+        seen[key] = path
         if isinstance(params.get(key), Quantized):
             remedy = "start from the dense params"
             raise TypeError(errors.say(f"loftq at {path!r}", "a dense weight is required", "a Quantized leaf", remedy))

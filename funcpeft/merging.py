@@ -186,12 +186,16 @@ def merge_site(expr: Adapted, bias: Tensor | None, target: Target) -> Merged:
     precise = _precise(expr.device)
     matrix, new_bias = effective(widened(expr, precise), site, None if bias is None else bias.to(precise))
     _require_finite(site, matrix, new_bias)
+    dtype = target.dtype or expr.dtype
     if new_bias is not None:
-        new_bias = new_bias.to(target.dtype or expr.dtype)
+        new_bias = new_bias.to(dtype)
+        _require_held(site, "bias", new_bias)
     before = site.kind.matrix(dense(base)).to(matrix.dtype)
     stored = _store(site, matrix, base, target)
     note = ""
     if stored is not None:
+        stored = replace(stored, dtype=dtype)
+        _require_held(site, "weight", dense(stored))
         measures = {**measure(before, matrix, _decoded(site, stored, matrix)), **_stored_measures(site, matrix, before, stored)}
         lost = _loss(measures["realised"], target)
         if lost is None:
@@ -199,7 +203,8 @@ def merge_site(expr: Adapted, bias: Tensor | None, target: Target) -> Merged:
         if target.below == "raise":
             raise errors.LostUpdateError(_lost(site, stored, lost, target))
         note = f"{site.path!r} is dense: stored as {stored.format} it would realise {lost:.3g} of its update"
-    leaf = stored_as(site, matrix, target.dtype or expr.dtype)
+    leaf = stored_as(site, matrix, dtype)
+    _require_held(site, "weight", leaf)
     return Merged(leaf, new_bias, measure(before, matrix, site.kind.matrix(leaf).to(matrix.dtype)), note)
 
 
@@ -214,6 +219,12 @@ def _require_finite(site: Site, weight: Tensor, bias: Tensor | None) -> None:
                     "the adapter or the base is broken there",
                 )
             )
+
+
+def _require_held(site: Site, name: str, stored: Tensor) -> None:
+    if not all_finite(stored):
+        rule, found = f"the merged {name} must be within the range of {stored.dtype}", "a larger one"
+        raise ValueError(errors.say(f"merge at {site.path!r}", rule, found, "pass dtype=torch.float32 or bfloat16"))
 
 
 def _store(site: Site, matrix: Tensor, base: Any, target: Target) -> Quantized | None:
@@ -251,7 +262,7 @@ def _loss(realised: Tensor, target: Target) -> float | None:
         rule = "whether an update survives requantizing cannot be seen under a transform"
         remedy = "merge member by member, merge dense, or pass min_realised=None and read report.sites[...]['realised']"
         raise TypeError(errors.say("merge", rule, None, remedy)) from e
-    return value if value < target.min_realised else None
+    return None if value >= target.min_realised else value  # NaN is a loss
 
 
 def _lost(site: Site, stored: Quantized, realised: float, target: Target) -> str:

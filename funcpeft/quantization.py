@@ -60,7 +60,7 @@ def quantize(
     _require_arguments(model, format, misfits)
     model.check(params)
     chosen = _chosen(model, _rule(target_modules, exclude_modules), format)
-    plan = [(path, _key(model, params, path), fmt) for path, fmt in chosen.items()]
+    plan = _by_leaf(model, params, chosen)
     fitting = [(path, key, fmt) for path, key, fmt in plan if _takes(path, params[key], fmt, misfits)]
     out = dict(params)
     for path, key, fmt in tqdm(fitting, desc="quantize", unit="weight", disable=None if progress is None else not progress):
@@ -93,8 +93,23 @@ def _rule(target_modules: str | Sequence[str], exclude_modules: str | Sequence[s
     return Method(target_modules=frozen(target_modules), exclude_modules=frozen(exclude_modules))
 
 
-def _chosen(model: Model, rule: Method, format: Formats) -> dict[str, Format]:
-    """Returns the format of every target that is to be stored, by path."""
+def _by_leaf(model: Model, params: Params, chosen: Mapping[str, Format | None]) -> list[tuple[str, str, Format]]:
+    """Returns path, key and format of every leaf that is to be stored, once where several layers share it.
+
+    Raises:
+        ValueError: If layers that share a leaf are to be stored differently.
+    """
+    first: dict[str, str] = {}
+    for path, fmt in chosen.items():
+        same = first.setdefault(_key(model, params, path), path)
+        if chosen[same] != fmt:
+            rule = f"must be stored as {same!r} is, to whose weight it is tied: {chosen[same] or 'dense'}"
+            raise ValueError(errors.say(f"quantize at {path!r}", rule, fmt or "dense", "or untie it with a leaf of its own"))
+    return [(path, key, fmt) for key, path in first.items() if (fmt := chosen[path]) is not None]
+
+
+def _chosen(model: Model, rule: Method, format: Formats) -> dict[str, Format | None]:
+    """Returns the format of every target by path, ``None`` where it stays dense."""
     paths = list(targets.target_paths(model, rule))
     if isinstance(format, Format):
         return dict.fromkeys(paths, format)
@@ -103,15 +118,19 @@ def _chosen(model: Model, rule: Method, format: Formats) -> dict[str, Format]:
             raise errors.NoMatchError(
                 errors.say("quantize", "every pattern must match a target", repr(pattern), errors.nearest(pattern, paths))
             )
-    found: dict[str, Format] = {}
+    found: dict[str, Format | None] = {}
+    winners: set[str] = set()
     for path in paths:
         pattern = next((p for p in format if pattern_matches(p, path)), None)
         if pattern is None:
             rule_, remedy = "a pattern must name every target", "add '.*' with the format of all others, or None"
             raise errors.NoMatchError(errors.say(f"quantize at {path!r}", rule_, errors.listed(format), remedy))
-        fmt = format[pattern]
-        if fmt is not None:
-            found[path] = fmt
+        winners.add(pattern)
+        found[path] = format[pattern]
+    for pattern in format:
+        if pattern not in winners:
+            rule_, remedy = "every pattern must be the first that matches some target", "put it before the more general one"
+            raise errors.NoMatchError(errors.say("quantize", rule_, repr(pattern), remedy))
     return found
 
 
@@ -246,8 +265,17 @@ def _report_table(report: QuantizationReport) -> str:
 # -- devices and dtypes --------------------------------------------------------------------------------------------------------
 
 
-def to(tree: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+def to(
+    tree: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, model: Model | None = None
+) -> Any:
     """Returns a tree on another device and or in another floating dtype.
+
+    Args:
+        tree: Params, an adapter, or any tree of tensors and ``Quantized`` leaves; not changed.
+        device: Where every tensor goes.
+        dtype: Floating dtype.
+        model: If the tree is its params, buffers (the frequencies of rotary embeddings, say) keep their dtype, as they do
+            when transformers loads a model in a dtype.
 
     A device maps over every tensor. A dtype casts floating tensors and leaves integers alone; of a ``Quantized`` leaf it
     changes the dtype of the decoded weight and none of the codes and scales, which would move the weight.
@@ -263,4 +291,6 @@ def to(tree: Any, *, device: torch.device | str | None = None, dtype: torch.dtyp
             return leaf.to(device=device, dtype=dtype)
         return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
-    return optree.tree_map(move, tree, is_leaf=lambda x: isinstance(x, Quantized), namespace=NAMESPACE)
+    moved = optree.tree_map(move, tree, is_leaf=lambda x: isinstance(x, Quantized), namespace=NAMESPACE)
+    kept = () if model is None else model.buffers & moved.keys()
+    return moved if not kept else {**moved, **{key: tree[key].to(device=device) for key in kept}}

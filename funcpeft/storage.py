@@ -81,6 +81,8 @@ register(
     lambda q: tuple(q.data),
 )
 
+torch.serialization.add_safe_globals([Quantized])
+
 Static = tuple[tuple[str, ...], Any, tuple[int, ...], torch.dtype]
 
 

@@ -88,6 +88,9 @@ register(
 )
 
 
+torch.serialization.add_safe_globals([Adapter])
+
+
 def tree_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Maps a function over the tensors of trees of equal structure."""
     return optree.tree_map(f, tree, *rest, namespace=NAMESPACE)

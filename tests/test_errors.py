@@ -25,14 +25,14 @@ from funcpeft.context import Context
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import functionalize
 from funcpeft.interop.libraries import BitsAndBytes
-from funcpeft.interop.library import Library
+from funcpeft.interop.library import Library, require_sound
 from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.layers import Kind
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
 from funcpeft.methods import IA3, OFT, DoRA, Full, LoKr, LoRA, MiSS, PrefixTuning, RoAd, SHiRA, TrainableTokens
 from funcpeft.population import stack, unstack
-from funcpeft.quant import NF4, Codebook, Int8
+from funcpeft.quant import NF4, Codebook, Dense, Int8
 from funcpeft.quant.format import Format
 from funcpeft.quantization import quantize
 from funcpeft.tree import Adapter, tree_map
@@ -373,12 +373,12 @@ ROWS = [
     (
         lambda: quantize(model(), {**params(), "up.weight": params()["up.weight"] / 0}, NF4()),
         V,
-        "quantize at 'up': nf4: a finite",
+        "quantize at 'up': nf4: a weight that is finite",
     ),
     (lambda: NF4(block_size=3), V, "nf4: block_size must be even and positive, got 3"),
     (lambda: NF4().requant(torch.ones(2, 2).int()), T, r"nf4: a floating weight is required, got torch\.int32"),
     (lambda: Int8().requant(torch.ones(2)), V, r"int8: a weight with rows is required, got \(2,\); leave the weight dense"),
-    (lambda: NF4().requant(X / 0), V, "nf4: a finite weight is required, got NaN or infinity"),
+    (lambda: NF4().requant(X / 0), V, "nf4: a weight that is finite in float32 is required, got NaN or infinity"),
     (lambda: Format().encode(X), T, "format: a format must define encode"),
     (lambda: Format().decode(None), T, "format: a format must define decode"),
     (lambda: Format().step(None), T, "format: a format must define step"),
@@ -402,6 +402,17 @@ ROWS = [
     (lambda: Library().read({}, "up", X.shape, X.dtype, {}, None), T, ": this library has no checkpoints"),
     (lambda: Library().write(None, "up"), T, ": this library has no writer"),
     (lambda: Library().config({}, ()), T, ": this library has no writer"),
+    (lambda: Dense(storage="float16").requant(X * 1e5), V, "dense: a weight within the format's range is required"),
+    (
+        lambda: require_sound(dataclasses.replace(Int8().requant(X), data={"qdata": X.char(), "scale": X[:, 0] / 0}), "here"),
+        C,
+        "here: scale must be finite, got NaN",
+    ),
+    (
+        lambda: require_sound(dataclasses.replace(Int8().requant(X), data={"qdata": X.char(), "scale": X[0]}), "here"),
+        C,
+        r"here: the tensors must decode to \(2, 8\), got",
+    ),
     (lambda: BitsAndBytes().pick({"b": X}, "up", "a"), C, r"bitsandbytes at 'up': tensor 'a' is required, got \['b'\]"),
     (lambda: BitsAndBytes().pick({"a": X}, "up", "a", (3,)), C, r"'a' must have shape \(3,\), got \(2, 8\)"),
     (

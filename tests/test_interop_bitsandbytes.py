@@ -289,9 +289,33 @@ def test_broken_four_bit_weights_are_refused(broken):
             "the quant_state must be JSON, got JSONDecode",
         ),
         (lambda ts: described(ts, shape=[64, 32]), "the shape must be (64, 64), got (64, 32)"),
-        (lambda ts: described(ts, blocksize=None), "the quant_state must have 'blocksize', got {"),
-        (lambda ts: described(ts, quant_type="nf5"), "quant_type must be one of 'nf4', 'fp4', got 'nf5'"),
-        (lambda ts: described(ts, dtype="float33"), "dtype must be torch's, got float33"),
+        (
+            lambda ts: ts.update({state: torch.tensor(list(b"[]"), dtype=torch.uint8)}),
+            "the quant_state must be an object, got list",
+        ),
+        (lambda ts: described(ts, blocksize=None), "'blocksize' in the quant_state must be even and positive, got None"),
+        (lambda ts: described(ts, blocksize=0), "'blocksize' in the quant_state must be even and positive, got 0"),
+        (lambda ts: described(ts, quant_type="nf5"), "'quant_type' in the quant_state must be one of 'nf4', 'fp4', got 'nf5'"),
+        (lambda ts: described(ts, quant_type=[]), "'quant_type' in the quant_state must be one of 'nf4', 'fp4', got []"),
+        (lambda ts: described(ts, dtype="float33"), "'dtype' in the quant_state must be a floating dtype, got 'float33'"),
+        (lambda ts: described(ts, shape=64), "'shape' in the quant_state must be a list of positive ints, got 64"),
+        (lambda ts: described(ts, nested_blocksize=128), "'nested_blocksize' in the quant_state must be 256, got 128"),
+        (lambda ts: described(ts, nested_offset=None), "'nested_offset' in the quant_state must be a finite number, got None"),
+        (lambda ts: described(ts, nested_offset=float("nan")), "'nested_offset' in the quant_state must be a finite number"),
+        (lambda ts: ts.update({f"{KEY}.absmax": torch.ones(64)}), "'weight.absmax' must be uint8, got torch.float32"),
+        (
+            lambda ts: ts.update({f"{KEY}.nested_absmax": torch.ones(1, dtype=torch.int8)}),
+            "'weight.nested_absmax' must be float32, got torch.int8",
+        ),
+        (lambda ts: ts.update({f"{KEY}.nested_absmax": torch.ones(1) / 0}), "nested_scale must be finite, got NaN or infinity"),
+        (
+            lambda ts: ts.update({f"{KEY}.quant_map": -ts[f"{KEY}.quant_map"]}),
+            "'weight.quant_map' must hold the format's levels",
+        ),
+        (
+            lambda ts: ts.update({f"{KEY}.nested_quant_map": ts[f"{KEY}.nested_quant_map"].flip(0)}),
+            "'weight.nested_quant_map' must hold the format's levels",
+        ),
     ]
     for change, text in rows:
         assert where + text in broken(four, change)
@@ -303,6 +327,11 @@ def test_broken_eight_bit_weights_are_refused(broken):
         (lambda ts: ts.update({f"{LAYER}.SCB": torch.ones(3)}), "'SCB' must have shape (64,), got (3,)"),
         (lambda ts: ts.update({KEY: ts[KEY][:3].clone()}), "'weight' must have shape (64, 64), got (3, 64)"),
         (lambda ts: ts.update({KEY: ts[KEY].float()}), "'weight' must be int8, got torch.float32"),
+        (
+            lambda ts: ts.update({f"{LAYER}.SCB": torch.ones(64).long()}),
+            "'SCB' must be float32 or float16 or bfloat16, got torch",
+        ),
+        (lambda ts: ts.update({f"{LAYER}.SCB": torch.ones(64) / 0}), "scale must be finite, got NaN or infinity"),
     ]
     for change, text in rows:
         assert where + text in broken(Int8(), change)

@@ -161,7 +161,7 @@ def test_decoding_maps_over_stacked_codes_and_compiles(fmt):
 def test_what_does_not_fit_a_format_is_refused():
     with pytest.raises(TypeError, match=r"nf4: a floating weight is required, got torch\.int32"):
         NF4().requant(torch.ones(4, 4, dtype=torch.int32))
-    with pytest.raises(ValueError, match="int8: a finite weight is required, got NaN or infinity"):
+    with pytest.raises(ValueError, match="int8: a weight that is finite in float32 is required, got NaN or infinity"):
         Int8().requant(torch.full((2, 2), float("inf")))
     with pytest.raises(ValueError, match=r"int8: a weight with rows is required, got \(4,\); leave the weight dense"):
         Int8().requant(torch.ones(4))
@@ -286,7 +286,7 @@ def test_what_cannot_be_stored_is_refused_by_site():
         TypeError, match="quantize at 'up': a dense weight is required, got a Quantized leaf; call dequantize first"
     ):
         quantize(model, small, NF4())
-    with pytest.raises(ValueError, match="quantize at 'up': nf4: a finite weight is required"):
+    with pytest.raises(ValueError, match="quantize at 'up': nf4: a weight that is finite in float32 is required"):
         quantize(model, {**params, "up.weight": params["up.weight"] * float("nan")}, NF4())
     with pytest.raises(KeyError, match="params must hold every leaf"):
         quantize(model, {}, NF4())
@@ -488,3 +488,83 @@ def test_the_kernel_of_bitsandbytes_is_used_where_it_is_right(monkeypatch):
     NF4().dequant(dataclasses.replace(q, data={**q.data, "scale": scale})).sum().backward()
     assert scale.grad.any()
     assert not calls
+
+
+# -- what a hostile reader found -----------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.head, self.other = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False), nn.Linear(6, 6)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids):
+        return self.head(self.other(self.emb(ids)))
+
+
+def test_layers_that_share_a_weight_cannot_be_stored_differently():
+    model, params = functionalize(Tied())
+    for formats in ({"emb": NF4(), "head": None, ".*": None}, {"head": Int8(), "emb": NF4(), ".*": None}):
+        with pytest.raises(ValueError, match=r"quantize at 'head': must be stored as 'emb' is, to whose weight it is tied"):
+            quantize(model, params, formats, target_modules=["emb", "head", "other"])
+    both = quantize(model, params, {"emb|head": NF4(), ".*": None}, target_modules=["emb", "head", "other"])
+    assert isinstance(both["emb.weight"].format, NF4)
+    apart = {**params, "head.weight": params["emb.weight"].clone()}
+    untied = quantize(model, apart, {"emb": NF4(), "head": Int8(), ".*": None}, target_modules=["emb", "head", "other"])
+    assert isinstance(untied["head.weight"].format, Int8)
+
+
+def test_a_pattern_that_another_hides_is_refused():
+    model, params = functional()
+    with pytest.raises(NoMatchError, match="every pattern must be the first that matches some target, got 'down'; put"):
+        quantize(model, params, {".*": Int8(), "down": NF4()})
+
+
+def test_weights_beyond_a_range_are_refused():
+    from funcpeft import Dense
+
+    with pytest.raises(ValueError, match="dense: a weight within the format's range is required, got a larger one"):
+        Dense(storage="float16").requant(torch.full((2, 2), 1e5))
+    with pytest.raises(ValueError, match="nf4: a weight that is finite in float32 is required"):
+        NF4().requant(torch.full((2, 2), 1e300, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"dtype": torch.float16, "target": "refit"}])
+def test_a_merged_weight_beyond_the_range_of_its_dtype_is_refused(options):
+    model, params = functional()
+    small = quantize(model, {**params, "up.weight": params["up.weight"] * 1e6}, NF4())
+    net = adapt(model, LoRA(r=2, target_modules=["up"]))
+    with pytest.raises(ValueError, match=r"merge at 'up': the merged weight must be within the range of torch\.float16"):
+        net.merge(small, moved(net.init(small, 0)), **options)
+
+
+def test_buffers_keep_their_dtype_when_the_model_is_named():
+    from funcpeft import to
+
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model, params = functionalize(module)
+    half = to(params, dtype=torch.bfloat16, model=model)
+    assert half["1.running_mean"].dtype == torch.float32
+    assert half["1.weight"].dtype == torch.bfloat16
+    assert to(params, dtype=torch.bfloat16)["1.running_mean"].dtype == torch.bfloat16
+
+
+def test_params_and_adapters_are_saved_by_torch(tmp_path):
+    model, params = functional()
+    small = quantize(model, params, {"up": NF4(double_quant=True), ".*": Int8()})
+    net = adapt(model, LoRA(r=2, target_modules=["up"]))
+    adapter = net.init(small, 0)
+    torch.save({"params": small, "adapter": adapter}, tmp_path / "all.pt")
+    back = torch.load(tmp_path / "all.pt")
+    x = drawn(3, 12)
+    assert torch.equal(net(back["params"], back["adapter"], x), net(small, adapter, x))
+
+
+def test_a_blocked_import_does_not_break_decoding(monkeypatch):
+    import sys
+
+    q = NF4().requant(drawn(16, 128))
+    want = NF4().dequant(q)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert torch.equal(NF4().dequant(q), want)

@@ -798,3 +798,11 @@ def test_the_limit_must_be_a_number(value):
     net = adapt(model, LoRA(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="merge: min_realised must be a finite number or None, got "):
         net.merge(params, net.init(params, 0), min_realised=value)
+
+
+def test_two_loftq_adapters_on_one_weight_are_refused():
+    torch.manual_seed(0)
+    model, params = functionalize(nn.Sequential(nn.Linear(32, 32)))
+    one = LoRA(r=2, target_modules=["0"], init_lora_weights="loftq")
+    with pytest.raises(ValueError, match="loftq at '0': one LoRA must start from what quantizing a weight loses, got a second"):
+        loftq(adapt(model, [one, one]), params, NF4())

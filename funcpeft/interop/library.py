@@ -151,6 +151,29 @@ class Library:
         return found[first]
 
 
+def require_sound(quantized: Quantized, where: str) -> Quantized:
+    """Returns a stored weight that was read, if it decodes to finite numbers of its shape.
+
+    Raises:
+        CheckpointError: If a scale or a floating code is not finite, or the tensors do not fit each other.
+    """
+    for name, t in quantized.data.items():
+        if t.is_floating_point() and not bool((t.to(torch.float32) if t.element_size() == 1 else t).isfinite().all()):
+            raise CheckpointError(errors.say(where, f"{name} must be finite", "NaN or infinity"))
+    if not decodes(quantized):
+        shapes = {n: tuple(t.shape) for n, t in quantized.data.items()}
+        raise CheckpointError(errors.say(where, f"the tensors must decode to {tuple(quantized.shape)}", shapes))
+    return quantized
+
+
+def decodes(quantized: Quantized) -> bool:
+    """Whether the tensors of a stored weight fit its shape; found on the meta device."""
+    try:
+        return quantized.format.dequant(quantized.to(device="meta")).shape == quantized.shape
+    except (RuntimeError, IndexError):
+        return False
+
+
 def copied(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Returns a plain contiguous tensor of its own: no parameter, no subclass."""
     return t.detach().to(dtype or t.dtype, copy=True).contiguous()

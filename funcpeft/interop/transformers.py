@@ -27,7 +27,7 @@ from funcpeft.caches import register_caches
 from funcpeft.errors import CheckpointError
 from funcpeft.functional import Model, Params
 from funcpeft.interop.files import CONFIG, INDEX, Files, Layer, read_json
-from funcpeft.interop.library import Library
+from funcpeft.interop.library import Library, require_sound
 from funcpeft.interop.modules import LIBRARIES
 from funcpeft.skeleton import tensors_of
 from funcpeft.weights import Quantized
@@ -324,7 +324,7 @@ def _read_stored(
         metadata = files.metadata(keys.values())
         leaf = library.read(Layer(files, keys), path, torch.Size(shape), weight.dtype, quantization, metadata)
         if leaf is not None:
-            stored[path] = leaf.to(dtype=weight.dtype)
+            stored[path] = require_sound(leaf.to(dtype=weight.dtype), f"{library.name} at {path!r}")
             taken |= {*keys.values()}
     return stored, [key for key in files if key not in taken]
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from funcpeft import errors
 from funcpeft.functional import Model, Params
 from funcpeft.interop.files import CONFIG, INDEX, WEIGHTS
-from funcpeft.interop.library import Library
+from funcpeft.interop.library import Library, decodes
 from funcpeft.interop.modules import LIBRARIES
 from funcpeft.interop.transformers import is_linear, structure_of, without_quantization
 from funcpeft.skeleton import tensors_of
@@ -90,6 +90,9 @@ def _written_config(model: Any, params: Params) -> Any:
         if leaf.shape != shape:
             rule, remedy = f"shape must be {tuple(shape)}", "unstack stacked params"
             raise ValueError(errors.say(f"write_quantized at {key!r}", rule, tuple(leaf.shape), remedy))
+        if isinstance(leaf, Quantized) and not decodes(leaf):
+            rule, found = f"the tensors must decode to {tuple(shape)}", {n: tuple(t.shape) for n, t in leaf.data.items()}
+            raise ValueError(errors.say(f"write_quantized at {key!r}", rule, found, "unstack stacked params"))
     config = without_quantization(model.config)
     config.architectures = [type(model.root).__name__]
     config.dtype = next(t.dtype for k, t in params.items() if k not in model.buffers)

@@ -37,6 +37,10 @@ class Format:
     #: Whether decoding and refitting gives the same bits again; if not, rounds of it drift and only ``like=`` is stable.
     refits_exactly: ClassVar[bool] = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        torch.serialization.add_safe_globals([cls])  # plain values alone, so torch.load may make one
+
     def requant(self, weight: Tensor, like: Quantized | None = None) -> Quantized:
         """Stores a floating weight.
 
@@ -58,10 +62,12 @@ class Format:
         if not weight.is_floating_point():
             raise TypeError(errors.say(self.label, "a floating weight is required", weight.dtype))
         self._require_fit(weight.shape, like)
-        if not all_finite(weight):
-            raise ValueError(errors.say(self.label, "a finite weight is required", "NaN or infinity"))
         matrix = weight.detach().to(torch.float32).reshape(matrix_shape(weight.shape))
+        if not all_finite(matrix):
+            raise ValueError(errors.say(self.label, "a weight that is finite in float32 is required", "NaN or infinity"))
         data = self.encode(matrix) if like is None else self.encode_like(matrix, like)
+        if not all(all_finite(t) for t in data.values() if t.dtype in _WIDE):
+            raise ValueError(errors.say(self.label, "a weight within the format's range is required", "a larger one"))
         assert len(data) <= SLOTS
         return Quantized(data, self, weight.shape, weight.dtype if like is None else like.dtype)
 
@@ -164,4 +170,5 @@ class Format:
             raise ValueError(errors.say(self.label, f"{field} must be {rule}", repr(found), remedy))
 
 
+_WIDE = (torch.float32, torch.bfloat16, torch.float16)
 _ALTERNATIVES = "keep the weight dense, or store it as NF4, Int8, AffineInt or FP8"

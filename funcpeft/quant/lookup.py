@@ -112,7 +112,8 @@ class Lookup(Format):
 
         Its kernel has no rule for ``vmap`` and no derivative with respect to scales.
         """
-        if "bitsandbytes" not in sys.modules or not self.kernel or scale.requires_grad or scale.device.type != "cpu":
+        loaded = sys.modules.get("bitsandbytes") is not None and hasattr(torch.ops.bitsandbytes, "dequantize_4bit")
+        if not loaded or not self.kernel or scale.requires_grad or scale.device.type != "cpu":
             return False
         whole = matrix_shape(quantized.shape)[1] % self.block_size == 0
         return whole and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()

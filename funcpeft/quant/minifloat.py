@@ -94,8 +94,8 @@ class Float4:
         # codes count steps of 1/2 up to 2, of 1 up to 4 and of 2 beyond, hence the least of three roundings
         sizes = values.abs()
         counts = (sizes + sizes).round_()
-        torch.minimum(counts, sizes.round().add_(2), out=counts)
-        torch.minimum(counts, sizes.mul_(0.5).round_().add_(4), out=counts)
+        counts = torch.minimum(counts, sizes.round().add_(2))
+        counts = torch.minimum(counts, sizes.mul_(0.5).round_().add_(4))
         signs = (values.view(torch.int32) >> 28).to(torch.int8) & 8
         codes = (counts.clamp_(max=7).to(torch.int8) | signs).view(torch.uint8)
         return codes[:, 0::2] | (codes[:, 1::2] << 4)

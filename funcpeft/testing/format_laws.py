@@ -131,16 +131,22 @@ def _saved(q: Quantized) -> Quantized:
     file = io.BytesIO()
     torch.save(q, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    return torch.load(file)
 
 
 def vmap(case: Stored) -> None:
-    """Decoding stacked codes under ``vmap`` is decoding each, bit for bit."""
+    """Storing weights and decoding stacked codes under ``vmap`` is doing so with each, bit for bit."""
     each = [case.quantized(i) for i in range(3)]
     many = pytree.tree_map(lambda *t: torch.stack(t), *each)
     got = torch.func.vmap(case.format.dequant)(many)
     for i, q in enumerate(each):
         assert torch.equal(got[i], case.format.dequant(q)), f"vmap: member {i} decodes differently, at {case}"
+    if case.format.decode_only:
+        return
+    stored = torch.func.vmap(case.format.requant)(torch.stack([case.weight(i) for i in range(3)]))
+    for i, q in enumerate(each):
+        one = {n: t[i] for n, t in stored.data.items()}
+        assert same_bits(one, dict(q.data)), f"vmap: member {i} is stored differently, at {case}"
 
 
 def product(case: Stored) -> None:

@@ -9,7 +9,8 @@ in a uint8 tensor ``weight.quant_state.bitsandbytes__nf4``. Eight bits: ``weight
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -59,8 +60,8 @@ class BitsAndBytes(Library):
     ) -> Quantized | None:
         if "SCB" in tensors:
             codes, scale = self.pick(tensors, path, "weight", tuple(shape)), self.pick(tensors, path, "SCB", (shape[0],))
-            if codes.dtype != torch.int8:
-                raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", "'weight' must be int8", codes.dtype))
+            _require_dtype(path, "weight", codes, torch.int8)
+            _require_dtype(path, "SCB", scale, torch.float32, torch.float16, torch.bfloat16)
             return Quantized({"qdata": codes, "scale": scale.to(torch.float32)}, Int8(), shape, dtype)
         states = [n for n in tensors if n.startswith(_STATE)]
         return self._read_four(tensors, path, shape, states[0]) if states else None
@@ -79,10 +80,19 @@ class BitsAndBytes(Library):
         if len(data["qdata"]) != (shape.numel() + 1) // 2:
             rule = f"{shape.numel()} codes are required"
             raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", rule, 2 * len(packed)))
+        _require_dtype(path, "weight.absmax", data["scale"], torch.uint8 if nested else torch.float32)
+        self._require_map(tensors, path, "weight.quant_map", torch.tensor(fmt.levels))
         if nested:
+            self._require_map(tensors, path, "weight.nested_quant_map", dynamic_levels())
+            _require_dtype(path, "weight.nested_absmax", tensors["weight.nested_absmax"], torch.float32)
             data["nested_scale"] = self.pick(tensors, path, "weight.nested_absmax", (-(-blocks // NESTED),))
             data["offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
         return Quantized(data, fmt, shape, getattr(torch, state["dtype"]))
+
+    def _require_map(self, tensors: Tensors, path: str, name: str, levels: Tensor) -> None:
+        found = self.pick(tensors, path, name, tuple(levels.shape)).to(torch.float32)
+        if not torch.allclose(found, levels.to(torch.float32), rtol=1e-5, atol=1e-6):
+            raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", f"{name!r} must hold the format's levels", "others"))
 
     def refuses(self, quantized: Quantized) -> str | None:
         if not isinstance(quantized.format, NF4 | FP4 | Int8):
@@ -146,6 +156,23 @@ def _eight_bit(layer: Any, path: str, dtype: torch.dtype) -> Quantized:
     return Quantized({"qdata": copied(codes), "scale": copied(scale, torch.float32)}, Int8(), codes.shape, dtype)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+#: What the fields of a ``quant_state`` must be.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "quant_type": (lambda v: isinstance(v, str) and v in _FORMATS, f"one of {errors.listed(_FORMATS)}"),
+    "blocksize": (lambda v: _is_count(v) and v % 2 == 0, "even and positive"),
+    "dtype": (lambda v: v in ("float32", "bfloat16", "float16", "float64"), "a floating dtype"),
+    "shape": (lambda v: isinstance(v, list) and all(map(_is_count, v)), "a list of positive ints"),
+}
+_NESTED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "nested_blocksize": (lambda v: v == NESTED, str(NESTED)),
+    "nested_offset": (lambda v: isinstance(v, float | int) and math.isfinite(v), "a finite number"),
+}
+
+
 def _state(t: Tensor, path: str) -> dict[str, Any]:
     """Reads the JSON that describes a four-bit weight.
 
@@ -157,14 +184,19 @@ def _state(t: Tensor, path: str) -> dict[str, Any]:
         state = json.loads(bytes(t.to(torch.uint8).tolist()))
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise CheckpointError(errors.say(where, "the quant_state must be JSON", f"{type(e).__name__}: {e}")) from e
-    for field in ("quant_type", "blocksize", "dtype", "shape"):
-        if not isinstance(state, dict) or field not in state:
-            raise CheckpointError(errors.say(where, f"the quant_state must have {field!r}", state))
-    if state["quant_type"] not in _FORMATS:
-        raise CheckpointError(errors.one_of(where, "quant_type", state["quant_type"], _FORMATS))
-    if not isinstance(getattr(torch, str(state["dtype"]), None), torch.dtype):
-        raise CheckpointError(errors.say(where, "dtype must be torch's", state["dtype"]))
+    if not isinstance(state, dict):
+        raise CheckpointError(errors.say(where, "the quant_state must be an object", type(state).__name__))
+    nested = _NESTED_FIELDS if "nested_blocksize" in state else {}
+    for field, (fits, rule) in {**_FIELDS, **nested}.items():
+        if not fits(state.get(field)):
+            raise CheckpointError(errors.say(where, f"{field!r} in the quant_state must be {rule}", repr(state.get(field))))
     return state
+
+
+def _require_dtype(path: str, name: str, t: Tensor, *dtypes: torch.dtype) -> None:
+    if t.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", f"{name!r} must be {wanted}", t.dtype))
 
 
 def _unready(path: str, found: str, remedy: str) -> ValueError:

@@ -214,7 +214,7 @@ def _unsigned(zero: Tensor, bits: int, found: _Found) -> Tensor:
 def _floats(found: _Found) -> tuple[dict[str, Tensor], Any]:
     block, table = found.tiles()
     codes = found.part("qdata", tuple(found.shape), tuple(_KINDS))
-    scale = found.part("scale", table).to(torch.float32)
+    scale = found.part("scale", table, _FLOATS).to(torch.float32)
     return {"qdata": codes, "scale": scale}, FP8(block_size=block, kind=_KINDS[codes.dtype])
 
 
@@ -222,7 +222,7 @@ def _nvfp4(found: _Found) -> tuple[dict[str, Tensor], Any]:
     rows, columns = found.shape
     data = {"qdata": found.part("qdata", (rows, columns // 2), (torch.uint8,)), "scale": _block_scales(found, 16)}
     if "per_tensor_scale" in found.parts:
-        data["per_tensor_scale"] = found.part("per_tensor_scale", ()).to(torch.float32)
+        data["per_tensor_scale"] = found.part("per_tensor_scale", (), _FLOATS).to(torch.float32)
     return data, NVFP4(per_tensor="per_tensor_scale" in data)
 
 
@@ -230,10 +230,11 @@ def _block_scales(found: _Found, block_size: int) -> Tensor:
     rows, columns = found.shape[0], found.shape[1] // block_size
     if found.fact("block_size") != block_size:
         raise found.unlike(f"block_size must be {block_size}", found.fact("block_size"))
+    dtypes = (torch.float8_e4m3fn,) if block_size == 16 else (torch.float8_e8m0fnu, torch.uint8)
     if not found.facts.get("is_swizzled_scales"):
-        return found.part("scale", (rows, columns))
+        return found.part("scale", (rows, columns), dtypes)
     padded = (-(-rows // 128) * 32, -(-columns // 4) * 16)
-    return unswizzled(found.part("scale", padded), rows, columns)
+    return unswizzled(found.part("scale", padded, dtypes), rows, columns)
 
 
 def _mx(found: _Found) -> tuple[dict[str, Tensor], Any]:
