@@ -20,17 +20,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import torch  # noqa: E402
-from matplotlib import rc_context  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-import funcpeft  # noqa: E402
-from funcpeft import methods, quant  # noqa: E402
-from funcpeft.interop import libraries, options  # noqa: E402
-from funcpeft.interop.library import Library  # noqa: E402
-from funcpeft.method import Method  # noqa: E402
-from funcpeft.quant.format import Format  # noqa: E402
-from funcpeft.storage import Quantized  # noqa: E402
+import funcpeft
+from funcpeft import methods, quant
+from funcpeft.interop import libraries, options
+from funcpeft.interop.library import Library
+from funcpeft.method import Method
+from funcpeft.quant.format import Format
+from funcpeft.storage import Quantized
 
 project = "funcpeft"
 author = "the funcpeft authors"
@@ -220,7 +220,10 @@ def stored_samples() -> list[Quantized]:
 def stores_table() -> str:
     samples, made = stored_samples(), {c: made_by(c) for c in LIBRARIES}
     written = {c: {type(q.format) for q in samples if c().refuses(q) is None} for c in LIBRARIES if acts(c.write)}
-    named = lambda found: ", ".join(sorted(c.name for c in found))  # noqa: E731
+
+    def named(found: Iterator[Any]) -> str:
+        return ", ".join(sorted(c.name for c in found))
+
     rows = [
         [
             link(fmt),
@@ -235,7 +238,9 @@ def stores_table() -> str:
 
 
 def libraries_table() -> str:
-    literal = lambda names: ", ".join(f"``{n}``" for n in names)  # noqa: E731
+    def literal(names: tuple[str, ...]) -> str:
+        return ", ".join(f"``{n}``" for n in names)
+
     rows = [[f"``{c.name}``", literal(c.quant_methods), about(c)] for c in sorted(LIBRARIES, key=lambda c: c.name)]
     return "\n".join(list_table(["library", "``quant_method``", "what is read"], rows, "20 24 56"))
 

@@ -195,8 +195,11 @@ def merge_site(expr: Adapted, bias: Tensor | None, target: Target) -> Merged:
     note = ""
     if stored is not None:
         stored = replace(stored, dtype=dtype)
-        _require_held(site, "weight", dense(stored))
-        measures = {**measure(before, matrix, _decoded(site, stored, matrix)), **_stored_measures(site, matrix, before, stored)}
+        decoded = dense(stored)
+        _require_held(site, "weight", decoded)
+        back = site.kind.matrix(decoded).to(matrix.dtype)
+        clipped = stored.format.clipped(site.kind.stored(matrix, site.shape), stored)
+        measures = {**measure(before, matrix, back), **_stored_measures(matrix, before, back), "clipped": clipped}
         lost = _loss(measures["realised"], target)
         if lost is None:
             return Merged(stored, new_bias, measures)
@@ -234,17 +237,11 @@ def _store(site: Site, matrix: Tensor, base: Any, target: Target) -> Quantized |
         raise type(e)(f"merge at {site.path!r}: {e}") from e
 
 
-def _decoded(site: Site, stored: Quantized, matrix: Tensor) -> Tensor:
-    return site.kind.matrix(dense(stored)).to(matrix.dtype)
-
-
-def _stored_measures(site: Site, matrix: Tensor, before: Tensor, stored: Quantized) -> dict[str, Tensor]:
-    back, one = _decoded(site, stored, matrix), torch.ones((), dtype=matrix.dtype, device=matrix.device)
+def _stored_measures(matrix: Tensor, before: Tensor, back: Tensor) -> dict[str, Tensor]:
     norm = matrix.square().sum().sqrt()
     return {
-        "rel_error": (back - matrix).square().sum().sqrt() / torch.where(norm > 0, norm, one),
+        "rel_error": (back - matrix).square().sum().sqrt() / norm.where(norm > 0, 1),
         "changed_codes": (back != before).to(matrix.dtype).mean(),
-        "clipped": stored.format.clipped(site.kind.stored(matrix, site.shape), stored),
     }
 
 

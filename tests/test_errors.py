@@ -415,6 +415,9 @@ ROWS = [
     ),
     (lambda: BitsAndBytes().pick({"b": X}, "up", "a"), C, r"bitsandbytes at 'up': tensor 'a' is required, got \['b'\]"),
     (lambda: BitsAndBytes().pick({"a": X}, "up", "a", (3,)), C, r"'a' must have shape \(3,\), got \(2, 8\)"),
+    (lambda: BitsAndBytes().pick({"a": X}, "up", "a", None, (torch.int8,)), C, "'a' must be int8, got float32"),
+    (lambda: BitsAndBytes().pick({"a": X / 0}, "up", "a", None, (X.dtype,)), C, "'a' must be finite, got NaN or infinity"),
+    (lambda: BitsAndBytes().require_fit(Int8(), "up", torch.Size((4,))), C, r"bitsandbytes at 'up': a weight with rows is req"),
     (
         lambda: BitsAndBytes().same({"up": NF4().requant(X), "down": Int8().requant(X)}, lambda q: str(q.format)),
         V,

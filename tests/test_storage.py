@@ -185,7 +185,10 @@ def test_finite_differences_agree():
     q, _ = stored(Linear(), NF4(block_size=32), dtype=torch.float64)
     x, b = drawn(2, IN, dtype=torch.float64).requires_grad_(), drawn(OUT, dtype=torch.float64).requires_grad_()
     f = functools.partial(product, Linear(), quantized=q, recompute=True)
-    run = lambda x, b: torch.sin(f(x, bias=b))  # noqa: E731
+
+    def run(x, b):
+        return torch.sin(f(x, bias=b))
+
     assert torch.autograd.gradcheck(run, (x, b), check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(run, (x, b), check_fwd_over_rev=True)
 
@@ -212,7 +215,10 @@ def test_stacked_weights_map(kind, fmt, x_dim):
     close(vmap(grad(loss(ours)), dims)(x, stacked), vmap(grad(loss(theirs)), dims)(x, ws))
     close(grad(loss(vmap(ours, dims)))(x, stacked), grad(loss(vmap(theirs, dims)))(x, ws))
     close(vmap(jacrev(ours), dims)(x, stacked), vmap(jacrev(theirs), dims)(x, ws))
-    tangent = lambda f, x, w: jvp(lambda y: f(y, w), (x,), (x,))  # noqa: E731
+
+    def tangent(f, x, w):
+        return jvp(lambda y: f(y, w), (x,), (x,))
+
     close(tangent(vmap(ours, dims), x, stacked), tangent(vmap(theirs, dims), x, ws))
     close(tangent(grad(loss(vmap(ours, dims))), x, stacked), tangent(grad(loss(vmap(theirs, dims))), x, ws))
     close(vmap(functools.partial(tangent, ours), dims)(x, stacked), vmap(functools.partial(tangent, theirs), dims)(x, ws))

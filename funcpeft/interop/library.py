@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
+from funcpeft.quant.format import Format
 from funcpeft.storage import Quantized
 
 Tensors = Mapping[str, Tensor]
+
+#: The dtypes of weights and scales.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +122,38 @@ class Library:
 
     # -- for readers -----------------------------------------------------------------------------------------------------
 
-    def pick(self, tensors: Tensors, path: str, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Returns a tensor by name.
+    def pick(
+        self,
+        tensors: Tensors,
+        path: str,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        dtypes: tuple[torch.dtype, ...] = (),
+    ) -> Tensor:
+        """Returns a tensor by name, detached.
 
         Raises:
-            CheckpointError: If it is missing or of another shape than the one given.
+            CheckpointError: If it is missing, of another shape or dtype than those given, or not finite. Without dtypes the
+                tensor may be bytes under the name of a float, and is not looked at.
         """
+        where = f"{self.name} at {path!r}"
         if name not in tensors:
-            raise CheckpointError(errors.say(f"{self.name} at {path!r}", f"tensor {name!r} is required", sorted(tensors)))
-        if shape is not None and tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape)
-            raise CheckpointError(errors.say(f"{self.name} at {path!r}", f"{name!r} must have shape {shape}", found))
-        return tensors[name]
+            raise CheckpointError(errors.say(where, f"tensor {name!r} is required", sorted(tensors)))
+        t = tensors[name].detach()
+        if shape is not None and tuple(t.shape) != shape:
+            raise CheckpointError(errors.say(where, f"{name!r} must have shape {shape}", tuple(t.shape)))
+        if dtypes and t.dtype not in dtypes:
+            wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise CheckpointError(errors.say(where, f"{name!r} must be {wanted}", str(t.dtype).removeprefix("torch.")))
+        if dtypes and t.dtype in FLOATS and not bool(t.isfinite().all()):
+            raise CheckpointError(errors.say(where, f"{name!r} must be finite", "NaN or infinity"))
+        return t
+
+    def require_fit(self, fmt: Format, path: str, shape: torch.Size) -> None:
+        """Raises ``CheckpointError`` if a weight of this shape cannot be stored in a format."""
+        reason = fmt.misfit(shape)
+        if reason is not None:
+            raise CheckpointError(errors.say(f"{self.name} at {path!r}", reason, tuple(shape)))
 
     def same(self, stored: Mapping[str, Quantized], of: Any) -> Any:
         """Returns ``of(quantized)``, a hashable description that must be the same at every site.

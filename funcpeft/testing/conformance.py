@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from funcpeft import errors
 from funcpeft.method import Method
@@ -35,8 +36,6 @@ def check_law(
         AssertionError: With the smallest case found that breaks the law.
         KeyError: If there is no such law.
     """
-    from hypothesis import HealthCheck, Phase, given, settings
-
     from funcpeft.testing.strategies import cases, stored_cases
 
     if law not in LAWS:
@@ -46,26 +45,7 @@ def check_law(
     drawn = cases(method, kinds) if formats is None else stored_cases(method, formats)
     if drawn is None:
         return
-    examples = max(1, max_examples // _SLOW.get(law, 1))
-    phases = [Phase.explicit, Phase.generate]
-    if law not in _SLOW:  # a smaller case is worth the time where a case is cheap
-        phases.append(Phase.shrink)
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=phases,
-        report_multiple_bugs=False,
-        suppress_health_check=quiet,
-    )
-    @given(drawn)
-    def run(case: object) -> None:
-        LAWS[law](case)  # type: ignore[arg-type]
-
-    run()
+    _run(LAWS[law], law, drawn, max_examples)
 
 
 def check_format_law(format: Format, law: str, *, max_examples: int = 30) -> None:
@@ -75,18 +55,24 @@ def check_format_law(format: Format, law: str, *, max_examples: int = 30) -> Non
         AssertionError: With the smallest case found that breaks the law.
         KeyError: If there is no such law.
     """
-    from hypothesis import HealthCheck, Phase, given, settings
-
     from funcpeft.testing.strategies import weights
 
     if law not in FORMAT_LAWS:
         hint = errors.nearest(law, FORMAT_LAWS)
         raise errors.NameMissingError(errors.say("check_format_law", "law must exist", repr(law), hint))
-    examples = max(1, max_examples // _SLOW.get(law, 1))
-    phases = [Phase.explicit, Phase.generate] + ([] if law in _SLOW else [Phase.shrink])
+    _run(FORMAT_LAWS[law], law, weights(format), max_examples)
+
+
+def _run(check: Callable[[Any], None], law: str, drawn: Any, max_examples: int) -> None:
+    """Runs a law on cases of a hypothesis strategy, the same ones every time."""
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    phases = [Phase.explicit, Phase.generate]
+    if law not in _SLOW:  # a smaller case is worth the time where a case is cheap
+        phases.append(Phase.shrink)
 
     @settings(
-        max_examples=examples,
+        max_examples=max(1, max_examples // _SLOW.get(law, 1)),
         deadline=None,
         derandomize=True,
         database=None,
@@ -94,9 +80,9 @@ def check_format_law(format: Format, law: str, *, max_examples: int = 30) -> Non
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    @given(weights(format))
-    def run(case: object) -> None:
-        FORMAT_LAWS[law](case)  # type: ignore[arg-type]
+    @given(drawn)
+    def run(case: Any) -> None:
+        check(case)
 
     run()
 

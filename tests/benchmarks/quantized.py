@@ -10,14 +10,14 @@ Medians of interleaved rounds; ratios are what to read, since machines differ.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
+from overhead import medians
 from rich.console import Console
 from rich.table import Table
 
@@ -27,19 +27,6 @@ from funcpeft.quant.lookup import Lookup
 warnings.filterwarnings("ignore")
 
 Call = Callable[[], Any]
-
-
-def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Returns the median milliseconds of each call, taken in turns."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def peak_bytes(call: Call) -> int:
@@ -118,7 +105,7 @@ def decode_table(rounds: int) -> Table:
     torch.set_num_threads(1)
     with torch.no_grad():
         for name, (stored, library) in rows.items():
-            called: Call = lambda q=stored: q.format.dequant(q)  # noqa: E731
+            called: Call = functools.partial(stored.format.dequant, stored)
             ms = medians({"plain": lambda f=called: without_kernel(f), "called": called, "library": library}, rounds)
             size = f"{stored.nbytes / weight.numel():.4f}"
             ratios = (f"{ms[n] / ms['library']:.2f}" for n in ("plain", "called"))

@@ -18,8 +18,7 @@ from torch import Tensor
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
 from funcpeft.interop.libraries import gptq
-from funcpeft.interop.libraries.gptq import FLOATS, picked
-from funcpeft.interop.library import Library, Taken, Tensors
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors
 from funcpeft.quant.codebook import Codebook
 from funcpeft.storage import Quantized
 
@@ -57,18 +56,18 @@ class AQLM(Library):
         return self._leaf(tensors, path, shape, dtype, fmt)
 
     def _leaf(self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, fmt: Codebook) -> Quantized:
-        gptq.require_fit(self, fmt, path, shape)
+        self.require_fit(fmt, path, shape)
         if not shape.numel():
             raise CheckpointError(errors.say(f"{self.name} at {path!r}", "a weight with entries is required", tuple(shape)))
         count, bits, rows, columns = fmt.num_codebooks, fmt.nbits_per_codebook, fmt.out_group_size, fmt.in_group_size
         groups = (shape[0] // rows, shape[1] // columns, count)
-        codes = picked(self, tensors, path, "codes", groups, (torch.int8 if bits <= 8 else torch.int16,))
+        codes = self.pick(tensors, path, "codes", groups, (torch.int8 if bits <= 8 else torch.int16,))
         if bits not in (8, 16):
             _require_codes(codes, bits, f"{self.name} at {path!r}")
         data = {
             "qdata": codes.contiguous(),
-            "codebooks": picked(self, tensors, path, "codebooks", (count, 2**bits, rows, columns), FLOATS),
-            "scale": picked(self, tensors, path, "scales", (groups[0], 1, 1, 1), FLOATS),
+            "codebooks": self.pick(tensors, path, "codebooks", (count, 2**bits, rows, columns), FLOATS),
+            "scale": self.pick(tensors, path, "scales", (groups[0], 1, 1, 1), FLOATS),
         }
         return Quantized(data, fmt, shape, dtype)
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
 from funcpeft.interop.libraries import gptq
-from funcpeft.interop.libraries.gptq import FLOATS, picked
-from funcpeft.interop.library import Library, Taken, Tensors
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors
 from funcpeft.quant.affineint import AffineInt
 from funcpeft.quant.packing import PACKINGS
 from funcpeft.storage import Quantized
@@ -56,11 +55,11 @@ class AWQ(Library):
     def _leaf(self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, size: int) -> Quantized:
         out, in_ = shape
         fmt = AffineInt(block_size="row" if size in (-1, in_) else size, packing="awq")
-        gptq.require_fit(self, fmt, path, shape)
+        self.require_fit(fmt, path, shape)
         groups = 1 if size == -1 else -(-in_ // size)
-        codes = picked(self, tensors, path, "qweight", (in_, out // 8), (torch.int32,))
-        stored = picked(self, tensors, path, "qzeros", (groups, out // 8), (torch.int32,))
-        scale = picked(self, tensors, path, "scales", (groups, out), FLOATS)
+        codes = self.pick(tensors, path, "qweight", (in_, out // 8), (torch.int32,))
+        stored = self.pick(tensors, path, "qzeros", (groups, out // 8), (torch.int32,))
+        scale = self.pick(tensors, path, "scales", (groups, out), FLOATS)
         data = {"qdata": codes.contiguous(), "scale": gptq.transposed(scale)}
         return gptq.with_zeros(data, _PACKING.unpack(stored, 4, out, groups), fmt, shape, dtype)
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
 from funcpeft.interop.libraries import gptq
-from funcpeft.interop.libraries.gptq import FLOATS, picked
-from funcpeft.interop.library import Library, Taken, Tensors
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors
 from funcpeft.quant.ternary import Ternary
 from funcpeft.storage import Quantized
 
@@ -76,7 +75,7 @@ class BitNet(Library):
         kept = config.get("modules_to_not_convert")
         if not should_convert_module(path, ["lm_head"] if kept is None else kept):
             return None
-        weight = picked(self, tensors, path, "weight", tuple(shape), FLOATS)
+        weight = self.pick(tensors, path, "weight", tuple(shape), FLOATS)
         return Ternary().requant(weight.to(dtype))
 
     def _leaf(self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, inverse: bool) -> Quantized:
@@ -84,14 +83,14 @@ class BitNet(Library):
         where = f"{self.name} at {path!r}"
         if out % 4 or not shape.numel():
             raise CheckpointError(errors.say(where, "out_features must be a multiple of 4", tuple(shape)))
-        codes = picked(self, tensors, path, "weight", (out // 4, in_), (torch.uint8,))
+        codes = self.pick(tensors, path, "weight", (out // 4, in_), (torch.uint8,))
         if bool((codes & (codes >> 1) & 0b01010101).any()):
             raise CheckpointError(errors.say(where, "'weight' must hold codes 0, 1 and 2", 3))
         number = {"inverse_scale" if inverse else "scale": self._scale(tensors, path)}
         return Quantized({"qdata": codes.contiguous(), **number}, Ternary(inverse=inverse), shape, dtype)
 
     def _scale(self, tensors: Tensors, path: str) -> Tensor:
-        scale = picked(self, tensors, path, "weight_scale", None, FLOATS)
+        scale = self.pick(tensors, path, "weight_scale", None, FLOATS)
         where = f"{self.name} at {path!r}"
         if scale.numel() != 1:
             raise CheckpointError(errors.say(where, "'weight_scale' must have one entry", tuple(scale.shape)))
@@ -101,7 +100,7 @@ class BitNet(Library):
 
     def _unpacked(self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype) -> Quantized:
         """Reads codes that are stored as floats."""
-        codes, scale = picked(self, tensors, path, "weight", tuple(shape), FLOATS), self._scale(tensors, path)
+        codes, scale = self.pick(tensors, path, "weight", tuple(shape), FLOATS), self._scale(tensors, path)
         if not bool((codes.abs() <= 1).logical_and(codes == codes.round()).all()):
             found = float(codes.abs().max())
             raise CheckpointError(errors.say(f"{self.name} at {path!r}", "'weight' must be -1, 0 and 1", f"up to {found:.4g}"))

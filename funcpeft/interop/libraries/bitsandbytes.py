@@ -19,7 +19,7 @@ from torch import Tensor
 
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
-from funcpeft.interop.library import Library, Taken, Tensors, copied
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors, copied
 from funcpeft.quant.fp4 import FP4
 from funcpeft.quant.int8 import Int8
 from funcpeft.quant.lookup import NESTED, Lookup, dynamic_levels
@@ -59,9 +59,8 @@ class BitsAndBytes(Library):
         self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, config: Mapping[str, Any], metadata: Any
     ) -> Quantized | None:
         if "SCB" in tensors:
-            codes, scale = self.pick(tensors, path, "weight", tuple(shape)), self.pick(tensors, path, "SCB", (shape[0],))
-            _require_dtype(path, "weight", codes, torch.int8)
-            _require_dtype(path, "SCB", scale, torch.float32, torch.float16, torch.bfloat16)
+            codes = self.pick(tensors, path, "weight", tuple(shape), (torch.int8,))
+            scale = self.pick(tensors, path, "SCB", (shape[0],), FLOATS)
             return Quantized({"qdata": codes, "scale": scale.to(torch.float32)}, Int8(), shape, dtype)
         states = [n for n in tensors if n.startswith(_STATE)]
         return self._read_four(tensors, path, shape, states[0]) if states else None
@@ -75,17 +74,20 @@ class BitsAndBytes(Library):
         nested = "nested_blocksize" in state
         fmt = _FORMATS[state["quant_type"]](block_size=state["blocksize"], double_quant=nested)
         blocks = -(-shape.numel() // state["blocksize"])
+        kind = (torch.uint8,) if nested else (torch.float32,)
         packed = self.pick(tensors, path, "weight").view(torch.uint8).reshape(-1)
-        data = {"qdata": packed[: (shape.numel() + 1) // 2], "scale": self.pick(tensors, path, "weight.absmax", (blocks,))}
+        data = {
+            "qdata": packed[: (shape.numel() + 1) // 2],
+            "scale": self.pick(tensors, path, "weight.absmax", (blocks,), kind),
+        }
         if len(data["qdata"]) != (shape.numel() + 1) // 2:
             rule = f"{shape.numel()} codes are required"
             raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", rule, 2 * len(packed)))
-        _require_dtype(path, "weight.absmax", data["scale"], torch.uint8 if nested else torch.float32)
         self._require_map(tensors, path, "weight.quant_map", torch.tensor(fmt.levels))
         if nested:
             self._require_map(tensors, path, "weight.nested_quant_map", dynamic_levels())
-            _require_dtype(path, "weight.nested_absmax", tensors["weight.nested_absmax"], torch.float32)
-            data["nested_scale"] = self.pick(tensors, path, "weight.nested_absmax", (-(-blocks // NESTED),))
+            groups = -(-blocks // NESTED)
+            data["nested_scale"] = self.pick(tensors, path, "weight.nested_absmax", (groups,), (torch.float32,))
             data["offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
         return Quantized(data, fmt, shape, getattr(torch, state["dtype"]))
 
@@ -191,12 +193,6 @@ def _state(t: Tensor, path: str) -> dict[str, Any]:
         if not fits(state.get(field)):
             raise CheckpointError(errors.say(where, f"{field!r} in the quant_state must be {rule}", repr(state.get(field))))
     return state
-
-
-def _require_dtype(path: str, name: str, t: Tensor, *dtypes: torch.dtype) -> None:
-    if t.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise CheckpointError(errors.say(f"bitsandbytes at {path!r}", f"{name!r} must be {wanted}", t.dtype))
 
 
 def _unready(path: str, found: str, remedy: str) -> ValueError:

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
 from funcpeft.interop.libraries import gptq
-from funcpeft.interop.libraries.gptq import FLOATS, picked
-from funcpeft.interop.library import Library, Taken, Tensors
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors
 from funcpeft.quant.affineint import AffineInt
 from funcpeft.quant.blocks import BlockSize
 from funcpeft.quant.fp8 import FP8
@@ -86,7 +85,7 @@ class CompressedTensors(Library):
         packed = form == _PACKED
         symmetric = args.get("symmetric", True) is not False
         grid = AffineInt(bits=bits, block_size=block, symmetric=symmetric, packing="compressed" if packed else "int8")
-        gptq.require_fit(self, grid, path, shape)
+        self.require_fit(grid, path, shape)
         codes = self._packed(tensors, path, shape, bits) if packed else self._bytes(tensors, path, shape)
         data = {"qdata": codes, "scale": self._scale(tensors, path, table)}
         if not symmetric:
@@ -99,16 +98,16 @@ class CompressedTensors(Library):
     def _packed(self, tensors: Tensors, path: str, shape: torch.Size, bits: int) -> Tensor:
         out, in_ = shape
         if "weight_shape" in tensors:
-            told = tuple(picked(self, tensors, path, "weight_shape", (2,), (torch.int64, torch.int32)).tolist())
+            told = tuple(self.pick(tensors, path, "weight_shape", (2,), (torch.int64, torch.int32)).tolist())
             if told != (out, in_):
                 raise CheckpointError(errors.say(f"{self.name} at {path!r}", f"'weight_shape' must be {(out, in_)}", told))
-        return picked(self, tensors, path, "weight_packed", (out, -(-in_ * bits // 32)), (torch.int32,)).contiguous()
+        return self.pick(tensors, path, "weight_packed", (out, -(-in_ * bits // 32)), (torch.int32,)).contiguous()
 
     def _bytes(self, tensors: Tensors, path: str, shape: torch.Size) -> Tensor:
-        return picked(self, tensors, path, "weight", tuple(shape), (torch.int8,)).contiguous()
+        return self.pick(tensors, path, "weight", tuple(shape), (torch.int8,)).contiguous()
 
     def _scale(self, tensors: Tensors, path: str, table: tuple[int, int]) -> Tensor:
-        scale = picked(self, tensors, path, "weight_scale", None, FLOATS)
+        scale = self.pick(tensors, path, "weight_scale", None, FLOATS)
         if scale.numel() != table[0] * table[1]:
             found = tuple(scale.shape)
             raise CheckpointError(errors.say(f"{self.name} at {path!r}", f"'weight_scale' must have shape {table}", found))
@@ -118,10 +117,10 @@ class CompressedTensors(Library):
         rows, groups = table
         if packed:
             words = (-(-rows * bits // 32), groups)
-            stored = picked(self, tensors, path, "weight_zero_point", words, (torch.int32,))
+            stored = self.pick(tensors, path, "weight_zero_point", words, (torch.int32,))
             return gptq.transposed(_STREAM.unpack(gptq.transposed(stored), bits, groups, rows))
         kinds = (torch.int8, torch.int32, torch.int64)
-        stored, half = picked(self, tensors, path, "weight_zero_point", None, kinds), 2 ** (bits - 1)
+        stored, half = self.pick(tensors, path, "weight_zero_point", None, kinds), 2 ** (bits - 1)
         where = f"{self.name} at {path!r}"
         if stored.numel() != rows * groups:
             raise CheckpointError(errors.say(where, f"'weight_zero_point' must have shape {table}", tuple(stored.shape)))
@@ -135,7 +134,7 @@ class CompressedTensors(Library):
         self, tensors: Tensors, path: str, shape: torch.Size, table: tuple[int, int], block: BlockSize
     ) -> dict[str, Tensor]:
         """Reads the group of every input; nothing if groups are neighbours, which -1 throughout says too."""
-        g_idx = picked(self, tensors, path, "weight_g_idx", (shape[1],), (torch.int32, torch.int64)).to(torch.int32)
+        g_idx = self.pick(tensors, path, "weight_g_idx", (shape[1],), (torch.int32, torch.int64)).to(torch.int32)
         if bool((g_idx == -1).all()):
             return {}
         if not bool(((g_idx >= 0) & (g_idx < table[1])).all()):
@@ -148,8 +147,8 @@ class CompressedTensors(Library):
         self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, block: BlockSize, table: tuple[int, int]
     ) -> Quantized:
         fmt = FP8(block_size=block)
-        gptq.require_fit(self, fmt, path, shape)
-        codes = picked(self, tensors, path, "weight", tuple(shape), (torch.float8_e4m3fn,))
+        self.require_fit(fmt, path, shape)
+        codes = self.pick(tensors, path, "weight", tuple(shape), (torch.float8_e4m3fn,))
         scale = self._scale(tensors, path, table).to(torch.float32)
         return Quantized({"qdata": codes.contiguous(), "scale": scale}, fmt, shape, dtype)
 

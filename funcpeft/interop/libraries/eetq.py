@@ -18,8 +18,7 @@ from torch import Tensor
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
 from funcpeft.interop.libraries import gptq
-from funcpeft.interop.libraries.gptq import FLOATS, picked
-from funcpeft.interop.library import Library, Taken, Tensors
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors
 from funcpeft.quant.affineint import AffineInt
 from funcpeft.storage import Quantized
 
@@ -46,10 +45,10 @@ class EETQ(Library):
     ) -> Quantized | None:
         if "weight_scales" not in tensors and not gptq.is_coded(tensors):
             return None
-        gptq.require_fit(self, _FORMAT, path, shape)
+        self.require_fit(_FORMAT, path, shape)
         out, in_ = shape
-        codes = picked(self, tensors, path, "weight", (in_, out), (torch.int8,))
-        scale = picked(self, tensors, path, "weight_scales", (out,), FLOATS)
+        codes = self.pick(tensors, path, "weight", (in_, out), (torch.int8,))
+        scale = self.pick(tensors, path, "weight_scales", (out,), FLOATS)
         if _moved(codes):
             rule, found = "'weight' must hold codes in order", "bytes in the order of a GPU's kernel"
             raise CheckpointError(errors.say(f"{self.name} at {path!r}", rule, found, _REMEDY))

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
 from funcpeft.interop.libraries import gptq
-from funcpeft.interop.libraries.gptq import FLOATS, picked
-from funcpeft.interop.library import Library, Taken, Tensors
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors
 from funcpeft.quant.blocks import BlockSize
 from funcpeft.quant.fp8 import FP8
 from funcpeft.quant.minifloat import e8m0_values
@@ -68,9 +67,9 @@ class FineGrainedFP8(Library):
         return self._tiles(tensors, path, shape, dtype, config.get("weight_block_size", (128, 128)))
 
     def _rows(self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype) -> Quantized:
-        gptq.require_fit(self, FP8(), path, shape)
-        codes = picked(self, tensors, path, "weight", tuple(shape), _CODES)
-        scale = picked(self, tensors, path, "weight_scale", (shape[0], 1), FLOATS)
+        self.require_fit(FP8(), path, shape)
+        codes = self.pick(tensors, path, "weight", tuple(shape), _CODES)
+        scale = self.pick(tensors, path, "weight_scale", (shape[0], 1), FLOATS)
         return Quantized({"qdata": codes, "scale": scale.to(torch.float32)}, FP8(), shape, dtype)
 
     def _tiles(self, tensors: Tensors, path: str, shape: torch.Size, dtype: torch.dtype, size: Any) -> Quantized:
@@ -82,11 +81,11 @@ class FineGrainedFP8(Library):
                 rule = "weight_block_size must be two positive ints"
                 raise CheckpointError(errors.say(where, rule, repr(size)))
         fmt = FP8(block_size=block[1] if isinstance(block, tuple) and block[0] == 1 else block)
-        gptq.require_fit(self, fmt, path, shape)
+        self.require_fit(fmt, path, shape)
         table = (-(-shape[0] // block[0]), -(-shape[1] // block[1])) if isinstance(block, tuple) else (1, 1)
-        codes = picked(self, tensors, path, "weight", tuple(shape), _CODES)
+        codes = self.pick(tensors, path, "weight", tuple(shape), _CODES)
         name = next((n for n in _NAMES if n in tensors), _NAMES[0])
-        scale = picked(self, tensors, path, name, table if block != "tensor" else None, _SCALES)
+        scale = self.pick(tensors, path, name, table if block != "tensor" else None, _SCALES)
         if scale.numel() != table[0] * table[1]:
             raise CheckpointError(errors.say(where, f"{name!r} must have one entry", tuple(scale.shape)))
         return Quantized({"qdata": codes, "scale": _widened(scale, name, where).reshape(table)}, fmt, shape, dtype)

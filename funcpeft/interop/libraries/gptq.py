@@ -20,12 +20,11 @@ from torch import Tensor
 
 from funcpeft import errors
 from funcpeft.errors import CheckpointError
-from funcpeft.interop.library import Library, Taken, Tensors
+from funcpeft.interop.library import FLOATS, Library, Taken, Tensors
 from funcpeft.quant.affineint import AffineInt
 from funcpeft.quant.packing import PACKINGS
 from funcpeft.storage import Quantized
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
 #: What a checkpoint subtracts from its zeros, by its ``checkpoint_format``.
 _LESS = {"gptq": 1, "gptq_v2": 0}
@@ -147,39 +146,9 @@ _BLOCK = re.compile(r".*?\.\d+\.(.+)")
 # -- what the readers of checkpoints share -----------------------------------------------------------------------------------
 
 
-def picked(
-    library: Library,
-    tensors: Tensors,
-    path: str,
-    name: str,
-    shape: tuple[int, ...] | None,
-    dtypes: tuple[torch.dtype, ...],
-) -> Tensor:
-    """Returns a tensor by name, detached.
-
-    Raises:
-        CheckpointError: If it is missing, of another shape or dtype, or a float that is not finite.
-    """
-    t = library.pick(tensors, path, name, shape).detach()
-    where = f"{library.name} at {path!r}"
-    if t.dtype not in dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise CheckpointError(errors.say(where, f"{name!r} must be {wanted}", str(t.dtype).removeprefix("torch.")))
-    if t.dtype in FLOATS and not bool(t.isfinite().all()):
-        raise CheckpointError(errors.say(where, f"{name!r} must be finite", "NaN or infinity"))
-    return t
-
-
 def is_coded(tensors: Tensors) -> bool:
     """Whether the tensor of the name of a dense weight has entries of eight bits, which no dense weight has."""
     return "weight" in tensors and tensors["weight"].element_size() == 1
-
-
-def require_fit(library: Library, fmt: Any, path: str, shape: torch.Size) -> None:
-    """Raises ``CheckpointError`` if a weight of this shape cannot be stored in a format."""
-    reason = fmt.misfit(shape)
-    if reason is not None:
-        raise CheckpointError(errors.say(f"{library.name} at {path!r}", reason, tuple(shape)))
 
 
 # -- what GPTQ, AWQ and INC share --------------------------------------------------------------------------------------------
@@ -226,16 +195,16 @@ def grouped(
     """
     out, in_ = shape
     fmt = AffineInt(bits=bits, block_size="row" if size in (-1, in_) else size, packing="gptq")
-    require_fit(library, fmt, path, shape)
+    library.require_fit(fmt, path, shape)
     size = in_ if size == -1 else size
     groups, words = -(-in_ // size), -(-out * bits // 32)
-    codes = picked(library, tensors, path, "qweight", (in_ * bits // 32, out), (torch.int32,))
-    stored = picked(library, tensors, path, "qzeros", (groups, words), (torch.int32,))
-    scale = picked(library, tensors, path, "scales", (groups, out), FLOATS)
+    codes = library.pick(tensors, path, "qweight", (in_ * bits // 32, out), (torch.int32,))
+    stored = library.pick(tensors, path, "qzeros", (groups, words), (torch.int32,))
+    scale = library.pick(tensors, path, "scales", (groups, out), FLOATS)
     data = {"qdata": codes.contiguous(), "scale": transposed(scale)}
     zero = (_STREAM.unpack(stored.contiguous(), bits, groups, out) + less) & (2**bits - 1)
     if "g_idx" in tensors:
-        g_idx = picked(library, tensors, path, "g_idx", (in_,), _INTEGERS).to(torch.int32)
+        g_idx = library.pick(tensors, path, "g_idx", (in_,), _INTEGERS).to(torch.int32)
         if not bool(((g_idx >= 0) & (g_idx < groups)).all()):
             found = (int(g_idx.min()), int(g_idx.max()))
             raise CheckpointError(errors.say(f"{library.name} at {path!r}", f"'g_idx' must be 0 to {groups - 1}", found))
