@@ -9,6 +9,7 @@ from funcpeft.adapt import Net, adapt, peft_init
 from funcpeft.context import Context
 from funcpeft.errors import CannotRequantizeError, CheckpointError, LostUpdateError, NoMatchError, NoMergedFormError
 from funcpeft.functional import Model
+from funcpeft.gradients import value_and_grad
 from funcpeft.interop.modules import functionalize
 from funcpeft.interop.options import choose_format
 from funcpeft.interop.peft import load_peft, save_peft
@@ -35,12 +36,11 @@ from funcpeft.methods import (
     TrainableTokens,
     VeRA,
 )
-from funcpeft.population import stack, unstack
 from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8, Ternary, TorchAONF4
 from funcpeft.quant.format import Format
 from funcpeft.quantization import QuantizationReport, dequantize, quantization_report, quantize, to
+from funcpeft.stacking import stack, unstack
 from funcpeft.storage import Quantized
-from funcpeft.train import value_and_grad
 from funcpeft.tree import Adapter
 from funcpeft.weights import Base
 

@@ -30,10 +30,10 @@ from funcpeft.adapt import Net, adapt
 from funcpeft.context import EVAL, Context
 from funcpeft.data.train_base import BASE, bits, read_bytes, source_files, windows
 from funcpeft.functional import Model, Params, functionalize
+from funcpeft.gradients import value_and_grad
 from funcpeft.interop.peft import load_peft, save_peft
-from funcpeft.population import stack, unstack
 from funcpeft.quantization import dequantize, quantization_report, quantize
-from funcpeft.train import value_and_grad
+from funcpeft.stacking import stack, unstack
 
 DOMAINS = ("prose", "source", "html")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from funcpeft import methods, population
+from funcpeft import methods, stacking
 from funcpeft.adapt import adapt, peft_init
 from funcpeft.context import Context
 from funcpeft.errors import NoMergedFormError
@@ -480,7 +480,7 @@ def test_a_stack_of_adapters_made_for_several_methods_vmaps():
     net = adapt(model, LoRA(r=2, target_modules=["up"], modules_to_save=["norm"]))
     members = [moved(net.init(params, s), seed=s) for s in range(3)]
     x = x_of()
-    many = torch.func.vmap(lambda a: net(params, a, x))(population.stack(members))
+    many = torch.func.vmap(lambda a: net(params, a, x))(stacking.stack(members))
     for got, one in zip(many, members, strict=True):
         torch.testing.assert_close(got, net(params, one, x))
 
@@ -511,7 +511,7 @@ def test_a_fourier_adapter_of_a_wider_model_is_refused_where_it_shows():
 def test_a_stack_is_refused_outside_vmap(method, count):
     model, params = functional()
     net = adapt(model, dataclasses.replace(method, target_modules=["up"]))
-    many = population.stack([net.init(params, seed) for seed in range(count)])
+    many = stacking.stack([net.init(params, seed) for seed in range(count)])
     for use in (lambda: net(params, many, x_of()), lambda: net.merge(params, many), lambda: net.unmerge(params, many)):
         with pytest.raises((TypeError, NoMergedFormError), match=r"must have shape|does not invert"):
             use()

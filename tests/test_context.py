@@ -11,7 +11,7 @@ from funcpeft.adapt import adapt
 from funcpeft.context import EVAL, Context
 from funcpeft.functional import functionalize
 from funcpeft.methods import LoRA
-from funcpeft.population import stack
+from funcpeft.stacking import stack
 from funcpeft.tree import tree_map
 
 

@@ -31,10 +31,10 @@ from funcpeft.layers import Kind
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
 from funcpeft.methods import IA3, OFT, DoRA, Full, LoKr, LoRA, MiSS, PrefixTuning, RoAd, SHiRA, TrainableTokens
-from funcpeft.population import stack, unstack
 from funcpeft.quant import NF4, Codebook, Dense, Int8
 from funcpeft.quant.format import Format
 from funcpeft.quantization import quantize
+from funcpeft.stacking import stack, unstack
 from funcpeft.tree import Adapter, tree_map
 from funcpeft.weights import dense
 
@@ -546,7 +546,7 @@ def test_a_mistake_is_explained(call, kind, text, tmp_path):
 ELSEWHERE = {
     "optim.py": "test_optim.py",
     "schedules.py": "test_optim.py",
-    "train.py": "test_train.py",
+    "gradients.py": "test_gradients.py",
     "demo.py": "test_demo.py",
     "cli.py": "test_demo.py",
     "data/train_base.py": "test_demo.py",

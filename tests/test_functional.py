@@ -21,7 +21,7 @@ from funcpeft.adapt import adapt
 from funcpeft.functional import functionalize
 from funcpeft.methods.lora import LoRA
 from funcpeft.methods.trainabletokens import TrainableTokens
-from funcpeft.population import stack
+from funcpeft.stacking import stack
 
 NO_RULE = "ignore:There is a performance drop because we have not yet implemented the batching rule"
 

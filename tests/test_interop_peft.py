@@ -16,7 +16,7 @@ from funcpeft.functional import functionalize
 from funcpeft.interop import peft as interop
 from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.methods import IA3, DoRA, Full, LNTuning, LoRA, TrainableTokens
-from funcpeft.population import stack, unstack
+from funcpeft.stacking import stack, unstack
 from funcpeft.tree import as_tuple, tree_leaves, tree_map
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -12,7 +12,7 @@ from funcpeft.errors import NoMergedFormError
 from funcpeft.functional import functionalize
 from funcpeft.merging import MergeReport
 from funcpeft.methods import IA3, OFT, DoRA, Full, LoHa, LoRA, PrefixTuning
-from funcpeft.population import stack
+from funcpeft.stacking import stack
 from funcpeft.tree import tree_map
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -12,7 +12,7 @@ from funcpeft.adapt import adapt
 from funcpeft.context import EVAL, Context
 from funcpeft.functional import functionalize
 from funcpeft.methods import IA3, DoRA, FourierFT, LNTuning, VeRA, fourierft
-from funcpeft.population import stack, unstack
+from funcpeft.stacking import stack, unstack
 from funcpeft.weights import Base
 
 

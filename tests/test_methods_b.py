@@ -12,7 +12,7 @@ from funcpeft.adapt import adapt
 from funcpeft.context import EVAL, Context
 from funcpeft.functional import functionalize
 from funcpeft.methods import OFT, LoHa, LoKr, MiSS, RoAd, SHiRA, loha, lokr, miss, oft, road, shira
-from funcpeft.population import stack, unstack
+from funcpeft.stacking import stack, unstack
 from funcpeft.weights import Base
 
 TRAINING = Context(training=True, seed=5)

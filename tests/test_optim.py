@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from funcpeft import optim
-from funcpeft.population import stack, unstack
-from funcpeft.train import value_and_grad
+from funcpeft.gradients import value_and_grad
+from funcpeft.stacking import stack, unstack
 from funcpeft.tree import Adapter, tree_leaves, tree_map
 
 STEPS = 20

@@ -18,7 +18,7 @@ from funcpeft.functional import functionalize
 from funcpeft.methods.lora import LoRA
 from funcpeft.methods.prefixtuning import PrefixTuning, pairs
 from funcpeft.methods.prompttuning import PromptTuning, cycled
-from funcpeft.population import stack
+from funcpeft.stacking import stack
 from funcpeft.tree import Adapter
 
 torch.set_num_threads(1)

@@ -20,9 +20,9 @@ from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.loftq import loftq
 from funcpeft.merging import BELOW, TARGETS, MergeReport
 from funcpeft.methods import IA3, OFT, DoRA, LoRA
-from funcpeft.population import stack
 from funcpeft.quant import FP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8
 from funcpeft.quantization import dequantize, quantize
+from funcpeft.stacking import stack
 from funcpeft.tree import tree_map
 from funcpeft.weights import Quantized
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from funcpeft.adapt import adapt
 from funcpeft.functional import functionalize
+from funcpeft.gradients import value_and_grad
 from funcpeft.methods import LoRA
-from funcpeft.population import stack, unstack
-from funcpeft.train import value_and_grad
+from funcpeft.stacking import stack, unstack
 from funcpeft.tree import Adapter, tree_leaves, tree_map
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from funcpeft.adapt import adapt
 from funcpeft.functional import functionalize
 from funcpeft.methods import IA3, DoRA, FourierFT, LoHa, LoRA, VeRA
-from funcpeft.population import members, stack, unstack
+from funcpeft.stacking import members, stack, unstack
 from funcpeft.tree import Adapter, tree_leaves, tree_map
 
 

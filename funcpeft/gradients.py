@@ -1,4 +1,4 @@
-"""Training: the value of a loss and its gradient with respect to an adapter. Imports tree, errors."""
+"""Gradients: the value of a loss and its gradient with respect to an adapter. Imports tree, errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 
     Example:
         >>> import torch
-        >>> from funcpeft.train import value_and_grad
+        >>> from funcpeft.gradients import value_and_grad
         >>> from funcpeft.tree import Adapter
         >>> adapter = Adapter({"layer": {"A": torch.tensor([1.0, 2.0])}}, {"layer": {"scaling": torch.tensor(3.0)}})
         >>> def loss_fn(adapter, x):
