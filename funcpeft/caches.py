@@ -20,6 +20,11 @@ def register_caches() -> None:
         _CacheNode.register()
 
 
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of transformers, which a forward fills in place."""
+    return any(c.__module__ == "transformers.cache_utils" for c in type(value).__mro__)
+
+
 class _Static:
     """A cache without its tensors: the static part of a node, equal where type, layers and places of tensors are."""
 
@@ -45,13 +50,13 @@ class _CacheNode:
             return
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 
-        for node, flatten, unflatten in (
-            (DynamicCache, cls.flatten, cls.unflatten),
-            (StaticCache, cls.flatten, cls.unflatten),
-            (EncoderDecoderCache, cls.flatten_pair, cls.unflatten_pair),
+        for node, flatten, unflatten, keyed in (
+            (DynamicCache, cls.flatten, cls.unflatten, cls.keyed),
+            (StaticCache, cls.flatten, cls.unflatten, cls.keyed),
+            (EncoderDecoderCache, cls.flatten_pair, cls.unflatten_pair, cls.keyed_pair),
         ):
             if node not in pytree.SUPPORTED_NODES:
-                pytree.register_pytree_node(node, flatten, unflatten)
+                pytree.register_pytree_node(node, flatten, unflatten, flatten_with_keys_fn=keyed)
         cls.done = True
 
     @staticmethod
@@ -93,6 +98,18 @@ class _CacheNode:
         leaves = [_CacheNode._at(layer, *p) for layer, here in zip(cache.layers, places, strict=True) for p in here]
         shell.layers = [_CacheNode._with(x, p, [None] * len(p)) for x, p in zip(cache.layers, places, strict=True)]
         return leaves, _Static(shell, places, map(type, shell.layers))
+
+    @staticmethod
+    def keyed(cache: Any) -> tuple[list[Any], _Static]:
+        leaves, static = _CacheNode.flatten(cache)
+        names = (f"layers[{i}].{name}" for i, here in enumerate(static.places) for name, _ in here)
+        return [(pytree.GetAttrKey(n), t) for n, t in zip(names, leaves, strict=True)], static
+
+    @staticmethod
+    def keyed_pair(cache: Any) -> tuple[list[Any], _Static]:
+        both, static = _CacheNode.flatten_pair(cache)
+        names = ("self_attention_cache", "cross_attention_cache")
+        return [(pytree.GetAttrKey(n), c) for n, c in zip(names, both, strict=True)], static
 
     @staticmethod
     def unflatten(children: Iterable[Any], static: _Static) -> Any:

@@ -7,24 +7,33 @@ weight is an expression the skeleton has no parameter but a stand-in: the layer'
 other reader sees shape, dtype and device, or the dense value, computed once per call.
 
 Each call takes a skeleton from a pool, so threads never share one, nor do nested calls; traced calls have one of their own.
-Imports skeleton, caches, weights, layers, rng, errors.
+Imports skeleton, attention, caches, weights, layers, rng, errors.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funcpeft import errors, layers, rng
+from funcpeft.attention import choose_attention
+from funcpeft.blocks import Block, block_paths
 from funcpeft.caches import register_caches
+from funcpeft.fold import Folded, folded_like
 from funcpeft.skeleton import Skeleton, split, structure, tensors_of
 from funcpeft.weights import Adapted, Quantized, Site, dense, dense_pair
 
 Params = dict[str, Any]
+
+#: What a skeleton is made for: the keys whose leaves are expressions, and those of them that make a module a unit.
+Form = tuple[frozenset[str], frozenset[str]]
 
 
 class Model:
@@ -40,9 +49,10 @@ class Model:
         buffers: Keys of the leaves that are buffers.
         config: The module's ``config``, a copy, or ``None``.
         name: Name of the module's class.
+        remat: Paths of the modules whose intermediates are recomputed in the backward pass.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, remat: bool | str | Sequence[str] = False) -> None:
         self.ties, self._shared = _ties(module)
         tensors = {n: t for n, t in tensors_of(module).items() if n not in self.ties and n not in self._shared}
         buffers = dict(module.named_buffers(remove_duplicate=False))
@@ -52,12 +62,15 @@ class Model:
         self._keys = frozenset(self.shapes)
         self._template = structure(module)
         self._template.eval()
-        self._pools: dict[frozenset[str], list[Skeleton]] = {}
-        self._traced: dict[frozenset[str], Skeleton] = {}
+        choose_attention(self._template)
+        self._pools: dict[Form, list[Skeleton]] = {}
+        self._traced: dict[Form, Skeleton] = {}
         self._making = threading.Lock()
         self.name = type(module).__name__
         self.config = getattr(self._template, "config", None)
         self._sites = {s.weight: s for s in _sites(self)}
+        self.remat = block_paths(self._template, remat)
+        self._weight_of = {s.bias: s.weight for s in self._sites.values() if s.met and s.bias is not None}
         self.prepare(frozenset())
 
     def __repr__(self) -> str:
@@ -66,6 +79,12 @@ class Model:
 
     def __deepcopy__(self, memo: Any) -> Model:
         return self
+
+    def replace(self, *, remat: bool | str | Sequence[str]) -> Model:
+        """Returns a model of the same structure that recomputes other modules in the backward pass; as ``functionalize``."""
+        made = copy.copy(self)
+        made.remat, made._pools, made._making = block_paths(self._template, remat), {}, threading.Lock()
+        return made
 
     def __call__(self, params: Params, /, *args: Any, **kwargs: Any) -> Any:
         """Returns what the module's forward returns for these tensors.
@@ -126,10 +145,21 @@ class Model:
             raise errors.NameMissingError(errors.say(self.name, "a site must be a parameter of the model", repr(key), hint))
         return self._sites[key]
 
-    def prepare(self, keys: frozenset[str]) -> None:
-        """Makes what a trace needs for params whose expressions are at these keys; ``net.init`` does so."""
-        if keys not in self._traced:
-            self._traced[keys] = self._make(keys, traced=True)
+    def prepare(
+        self, keys: frozenset[str], folded: frozenset[str] = frozenset(), read: Mapping[str, Any] | None = None
+    ) -> None:
+        """Makes what a trace needs for params whose expressions are at these keys; ``net.init`` does so.
+
+        ``folded`` are those of the keys that a population adapts, and ``read`` their leaves where some are read.
+        """
+        form = keys, self._units(keys, folded, read)
+        if form not in self._traced:
+            self._traced[form] = self._make(form, traced=True)
+
+    def _units(self, keys: frozenset[str], folded: frozenset[str], read: Mapping[str, Any] | None = None) -> frozenset[str]:
+        """Returns the keys of folded weights that no layer meets, or not only, so that what reads them runs whole."""
+        units = {k for k in folded if not self._sites[k].met and self._weight_of.get(k) not in keys}
+        return frozenset(units | {k for k in folded if read is not None and self._sites[k].met and read[k].read})
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
@@ -164,20 +194,22 @@ class Model:
         self.check(params)
         expressions = frozenset(k for k, v in params.items() if not isinstance(v, Tensor))
         for key in expressions:
-            if not isinstance(params[key], Adapted | Quantized):
+            if not isinstance(params[key], Adapted | Quantized | Folded):
                 rule, found = "a leaf must be a tensor or a weight expression", type(params[key]).__name__
                 raise TypeError(errors.say(f"params[{key!r}]", rule, found, "take params from functionalize"))
+        folded = frozenset(k for k in expressions if isinstance(params[k], Folded))
+        form = expressions, self._units(expressions, folded, params) if folded else folded
         if torch.compiler.is_dynamo_compiling():
             # the graph does not run this object, but its guards read it: one that no eager call ever touches
-            if expressions not in self._traced:
+            if form not in self._traced:
                 rule = "what a trace needs must be made before it"
                 raise RuntimeError(errors.say(self.name, rule, None, "call net.init or model.prepare for these params outside"))
-            return self._run_traced(self._traced[expressions], target, params, args, kwargs, stateful)
-        pool = self._pools.setdefault(expressions, [])
+            return self._run_traced(self._traced[form], target, params, args, kwargs, stateful)
+        pool = self._pools.setdefault(form, [])
         try:
             skeleton = pool.pop()
         except IndexError:
-            skeleton = self._make(expressions)
+            skeleton = self._make(form)
         try:
             values = self._bind(skeleton, params)
             out = target(skeleton.module)(*args, **kwargs)
@@ -201,12 +233,17 @@ class Model:
         """Puts a call's tensors and expressions into a skeleton, and returns the tensors by key of their slot."""
         values, copies = self._read(s, params), {}
         for key, b in s.bindings.items():
-            b.bind(params[key], None if b.site.bias is None else dense(self._leaf(params, b.site.bias)))
+            b.bind(*self._weight_and_bias(params, b.site, params[key]))
+        for unit in s.units:
+            unit.bind(params)
         for key in s.keys:
             if key in values:
                 continue
             source = key if key in params else self.ties.get(key, key)
             value: Any
+            if source in params and isinstance(params[source], Folded):  # its unit puts it there, member by member
+                values[key] = _hollow(params[source])
+                continue
             if key in s.sites:  # another attribute holds a site's weight or bias
                 binding, which = s.sites[key]
                 value = binding.dense()[which]
@@ -217,6 +254,12 @@ class Model:
             values[key] = self._fitting(source, value)
         s.fill(values)
         return values
+
+    def _weight_and_bias(self, params: Params, site: Site, weight: Any) -> tuple[Any, Any]:
+        bias = None if site.bias is None else self._leaf(params, site.bias)
+        if not isinstance(bias, Folded):
+            return weight, None if bias is None else dense(bias)
+        return weight if isinstance(weight, Folded) else folded_like(weight, bias), bias
 
     def _fitting(self, key: str, value: Tensor) -> Tensor:
         shape = self.shapes.get(self.ties.get(key, key), value.shape)
@@ -248,10 +291,29 @@ class Model:
                 new[key if key in params else self.ties.get(key, key)] = now
         return {**params, **new}
 
-    def _make(self, expressions: frozenset[str], *, traced: bool = False) -> Skeleton:
+    def _make(self, form: Form, *, traced: bool = False) -> Skeleton:
+        expressions, units = form
         sites = [(*split(key), site) for key in sorted(expressions) if (site := self.site(key)).met]
+        read = [self.site(key) for key in sorted(units)]
         with self._making:  # copying reads the template, which a first copy in another thread may still be settling
-            return Skeleton(self._template, sites, self.ties, traced)
+            lend = functools.partial(self._lend, form)
+            return Skeleton(self._template, sites, self.ties, traced, read, () if traced else self.remat, lend)
+
+    @contextmanager
+    def _lend(self, form: Form, path: str) -> Iterator[Block]:
+        """Lends a skeleton for one run of a block of it."""
+        pool = self._pools.setdefault(form, [])
+        try:
+            skeleton = pool.pop()
+        except IndexError:
+            skeleton = self._make(form)
+        yield skeleton.blocks[path]
+        pool.append(skeleton)
+
+
+def _hollow(weight: Any) -> Tensor:
+    """Makes what has the dtype, device and shape of a weight, and no value."""
+    return torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
 def _itself(module: nn.Module) -> nn.Module:
@@ -278,11 +340,13 @@ def _ties(module: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
 def _sites(model: Model) -> Iterator[Site]:
     """Yields the facts of every parameter of a model."""
     read: dict[str, str | None] = {}
+    readers: dict[str, str] = {}
     modules = dict(model.root.named_modules(remove_duplicate=False))
     for prefix, m in modules.items():
         dot = f"{prefix}." if prefix else ""
         for name, bias, _ in layers.read_weights(m):
             read[dot + name] = None if bias is None else dot + bias
+            readers |= {dot + n: prefix for n in (name, bias) if n is not None}
     keys = [k for k in model.shapes if k not in model.buffers]
     keys += [alias for alias, key in model.ties.items() if key not in model.buffers]
     for index, key in enumerate(keys):
@@ -295,16 +359,21 @@ def _sites(model: Model) -> Iterator[Site]:
             bias = f"{owner}.bias" if owner else "bias"
         path = owner if name == "weight" and owner else key
         salt = rng.fold_in(0, path) & 0x7FFFFFFF
-        yield Site(
-            path, key, bias, layers.parameter_kind(module, name), model.shapes[held], model.dtypes[held], index, met, salt
-        )
+        kind, reader = layers.parameter_kind(module, name), readers.get(key, owner)
+        yield Site(path, key, bias, kind, model.shapes[held], model.dtypes[held], index, met, salt, reader)
 
 
-def functionalize(module: nn.Module, *, replaced: Mapping[str, tuple[nn.Module, Params]] | None = None) -> tuple[Model, Params]:
+def functionalize(
+    module: nn.Module,
+    *,
+    remat: bool | str | Sequence[str] = False,
+    replaced: Mapping[str, tuple[nn.Module, Params]] | None = None,
+) -> tuple[Model, Params]:
     """Turns a module into a pure function and a flat tree of its tensors; ``interop.modules`` has the public form.
 
     Args:
         module: Any ``nn.Module``. It is never written, and its storage is shared, not copied. The function runs in eval mode.
+        remat: Modules whose intermediates are recomputed in the backward pass.
         replaced: Layers that do not take part, by dotted name: the module on the meta device that stands for each, and
             the leaves of that module by name.
 
@@ -334,6 +403,6 @@ def functionalize(module: nn.Module, *, replaced: Mapping[str, tuple[nn.Module, 
     if replaced:
         modules = dict(module.named_modules(remove_duplicate=False))
         module = structure(module, {id(modules[path]): plain for path, (plain, _) in replaced.items()})
-    model = Model(module)
+    model = Model(module, remat)
     model.prepare(frozenset(name for name, leaf in params.items() if isinstance(leaf, Quantized)))
     return model, {name: params[name] for name in model.shapes}

@@ -17,12 +17,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.context import Context
 from funcpeft.tree import Adapter, Leaves, Tree
 from funcpeft.weights import Base, cast_leaves
+
+#: What ``Method.factors`` gives of a leaf: two factors of its gradient, or the terms of a vector's.
+Factor = Tensor | tuple[Tensor, Tensor]
 
 
 class FrozenDict(dict[str, Any]):
@@ -139,6 +143,11 @@ class Method:
     #: Laws that cannot hold, each with the reason.
     waived: ClassVar[Mapping[str, str]] = {}
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "apply" in vars(cls) and "apply_stacked" not in vars(cls):  # the batched form is of the formula beside it
+            cls.apply_stacked = Method.apply_stacked
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, freeze(getattr(self, f.name)))
@@ -168,6 +177,43 @@ class Method:
         """Computes the adapted layer's output; by default it meets the merged weight."""
         return self.merge(cast_leaves(leaves, base.precision), base).meet(x)
 
+    def apply_stacked(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        """Computes the adapted layer's output for several members at once: ``apply`` under ``vmap``.
+
+        A method may give the same formula in batched products instead, which takes a fraction of the time on small inputs;
+        the law ``many`` compares the two.
+
+        Args:
+            leaves: The leaves, with a leading axis of N members.
+            base: The layer, which all members share.
+            x: Inputs ``(N, rows, ...)``; output is ``(N, rows, ...)`` too.
+            context: A seed tensor ``(N,)`` is one per member.
+        """
+        several = isinstance(context.seed, Tensor) and context.seed.ndim
+        one = lambda leaves, context, x: self.apply(leaves, base, x, context)  # noqa: E731
+        return torch.func.vmap(one, in_dims=(0, 0 if several else None, 0))(leaves, context, x)
+
+    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
+        """Gives the gradients of trained leaves at one meeting with an input, in factors that keep examples apart.
+
+        Optional; exact where it is given, and pure. What it leaves out has no closed form here (``funcpeft.perexample``).
+
+        Args:
+            leaves: The leaves, as ``apply`` gets them.
+            base: The layer, as ``apply`` gets it.
+            x: The layer's input, examples first.
+            grad_out: The gradient of what ``apply`` returned for ``x``.
+            context: As ``apply`` gets it, so draws are the same.
+
+        Returns:
+            By leaf name, for the B examples and T positions in one or several axes:
+
+            - a pair ``(left (B, T, rows), right (B, T, cols))``: an example's gradient is ``left.T @ right`` of its own, in
+              the shape of the leaf; integer ``right (B, T)`` are ids that stand for one-hot rows;
+            - a tensor ``(B, T, n)`` whose sum over positions is the gradient of a vector leaf ``(n,)``.
+        """
+        return {}
+
     def merge(self, leaves: Leaves, base: Base) -> Base:
         """Returns the base with the effective weight and bias."""
         raise errors.NoMergedFormError(
@@ -183,6 +229,10 @@ class Method:
     def scopes(self, sites: Mapping[str, Base]) -> Mapping[str, tuple[str, ...]]:
         """Says, by site, in which scopes its shared leaves live."""
         return {path: ("",) for path in sites}
+
+    def call_leaves(self, leaves: Leaves) -> Leaves:
+        """Returns what ``wrap`` reads, made of the leaves; ``wrap`` takes it with a leading axis of rows too."""
+        return leaves
 
     def check_site(self, base: Base) -> None:
         """Raises ``ValueError`` if the method's fields do not fit a site; shapes only, before any work."""
@@ -220,6 +270,16 @@ class Method:
     def unmerges(self) -> bool:
         """Whether merging inverts."""
         return type(self).unmerge is not Method.unmerge
+
+    @property
+    def factored(self) -> bool:
+        """Whether ``factors`` is given, by no class above one that changes what ``apply`` computes."""
+        for cls in type(self).__mro__:
+            if "factors" in vars(cls):
+                return cls is not Method
+            if vars(cls).keys() & {"apply", "delta", "merge", "product"}:
+                return False
+        return False
 
     @property
     def wraps(self) -> bool:

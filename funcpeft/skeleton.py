@@ -2,7 +2,8 @@
 
 A skeleton has its parameters and buffers on the meta device. At a site whose weight is an expression it has no parameter but
 a stand-in: the layer's ``forward`` meets the expression, and any other reader sees shape, dtype and device, or the dense
-value, computed once per call. Imports weights, layers, errors.
+value, computed once per call. Imports fold, units, blocks,
+weights, layers, errors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import operator
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from funcpeft import errors, layers
+from funcpeft.blocks import Block, inside, make_block
+from funcpeft.fold import Folded
+from funcpeft.units import Unit, make_unit
 from funcpeft.weights import Site, dense_pair, meet
 
 
@@ -46,7 +50,8 @@ class _Binding:
         if self.pair is None:
             if self.expr is None:
                 raise AttributeError(errors.say(f"the weight at {self.site.path!r}", "it can be read during a call only"))
-            self.pair = dense_pair(self.expr, self.bias)
+            folded = isinstance(self.expr, Folded)
+            self.pair = self.expr.dense(self.site, self.bias) if folded else dense_pair(self.expr, self.bias)
         return self.pair
 
 
@@ -178,7 +183,23 @@ def _site_class(cls: type, base: type, traced: bool) -> type:
 
 #: What holds nothing that a call could write, or what every copy shares.
 _ATOMS = (
-    *(str, bytes, int, float, complex, type(None), type, enum.Enum, weakref.ref, Tensor, _StandIn, _Binding, torch.dtype),
+    *(
+        str,
+        bytes,
+        int,
+        float,
+        complex,
+        type(None),
+        type,
+        enum.Enum,
+        weakref.ref,
+        Tensor,
+        _StandIn,
+        _Binding,
+        Unit,
+        Block,
+        torch.dtype,
+    ),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
 )
 
@@ -254,7 +275,14 @@ class Skeleton:
     """
 
     def __init__(
-        self, template: nn.Module, sites: Iterable[tuple[str, str, Site]], held: Mapping[str, str], traced: bool
+        self,
+        template: nn.Module,
+        sites: Iterable[tuple[str, str, Site]],
+        held: Mapping[str, str],
+        traced: bool,
+        read: Iterable[Site] = (),
+        blocks: Sequence[str] = (),
+        lend: Any = None,
     ) -> None:
         self.module = structure(template)
         modules = dict(self.module.named_modules(remove_duplicate=False))
@@ -282,6 +310,8 @@ class Skeleton:
         self.slots = [(h, i, key) for h, i, key in self.slots if (id(h), i) not in placed]
         in_tuples = (key for *_, keyed, _ in self.tuples for key, _ in keyed if key is not None)
         self.keys = tuple(dict.fromkeys((*(key for _, _, key in (*self.slots, *self.echoes)), *in_tuples)))
+        self.units = self._units(modules, list(read))
+        self.blocks = {path: self._block(path, modules[path], lend) for path in blocks}
         own = [d for m in {id(m): m for m in modules.values()}.values() for d in (m._parameters, m._buffers)]
         self.record = _Record([*(h for h, _ in holders), *own])
         usual = vars(nn.Module())
@@ -340,6 +370,35 @@ class Skeleton:
                 own[n] = _StandIn(binding, which)
         return {(id(own), n) for n in names}
 
+    def _units(self, modules: Mapping[str, nn.Module], read: list[Site]) -> list[Unit]:
+        """Turns the modules that read folded weights by themselves into units; an inner one is part of the outer one."""
+        reader = lambda site: split(site.reader)[0] if site.met else site.reader  # noqa: E731
+        paths = {reader(site) for site in read}
+        outer = [p for p in sorted(paths) if not any(p != q and (not q or p.startswith(f"{q}.")) for q in paths)]
+        made: list[Unit] = []
+        for path in outer:
+            mine = [s for s in read if inside(s.reader, path) and not s.met]
+            places: dict[str, list[tuple[Any, Any]]] = {}
+            for holder, index, key in (*self.slots, *self.echoes):
+                places.setdefault(key, []).append((holder, index))
+            below = [b for key, b in self.bindings.items() if inside(split(key)[0], path)]
+            biases = {s.weight: s.bias for s in mine if s.bias is not None}
+            unit = Unit(path, [s.weight for s in mine], places, below, biases)
+            make_unit(modules[path], unit)
+            made.append(unit)
+        return made
+
+    def _block(self, path: str, module: nn.Module, lend: Any) -> Block:
+        """Turns a module into a block, and returns the part of the skeleton that belongs to it."""
+        own = {id(d) for m in module.modules() for d in (m._parameters, m._buffers)}
+        lists = {id(h) for h, _ in _holders(module, {})} | {id(m) for m in module.modules()}
+        slots = [(h, i) for h, i, _ in self.slots if id(h) in own] + [(h, i) for h, i, _ in self.echoes if id(h) in lists]
+        bindings = [b for key, b in self.bindings.items() if inside(split(key)[0], path)]
+        units = [u for u in self.units if inside(u.path, path)]
+        block = Block(path, module, slots, bindings, units, lend)
+        make_block(block)
+        return block
+
     def taken(self) -> list[Any]:
         """Returns what is in the slots, for ``restore_traced``."""
         return [_at(holder, index) for holder, index, *_ in (*self.slots, *self.echoes, *self.tuples, *self.hollow)]
@@ -363,15 +422,19 @@ class Skeleton:
         for holder, index, old in self.first_echoes:
             _put(holder, index, old)
         self.record.restore()
+        self._let_go()
+
+    def _let_go(self) -> None:
         for b in self.bindings.values():
             b.bind(None, None)
+        for unit in self.units:
+            unit.bind(None)
 
     def restore_traced(self, taken: list[Any]) -> None:
         """Does what ``restore`` does in the way that a tracer follows; it meets scalar attributes, not collections."""
         for (holder, index, *_), old in zip((*self.slots, *self.echoes, *self.tuples, *self.hollow), taken, strict=True):
             _put(holder, index, old)
-        for b in self.bindings.values():
-            b.bind(None, None)
+        self._let_go()
         for m, name, old in self.scalars:
             if getattr(m, name, None) is not old:
                 setattr(m, name, old)

@@ -96,7 +96,8 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None, *,
 
     Args:
         kind: How the weight meets an input.
-        x: The input, ``(..., in)`` for a linear layer; of the weight's dtype unless it holds ids.
+        x: The input, ``(..., in)`` for a linear layer. Outside of autocast a floating one of another dtype than the weight's
+            is cast to it, and the output back, as bitsandbytes' layers do with their compute dtype.
         quantized: The weight.
         bias: ``(out,)``, or ``None``.
         recompute: Whether to decode again in backward where that can be done; by default for large weights.
@@ -106,6 +107,10 @@ def product(kind: Kind, x: Tensor, quantized: Quantized, bias: Tensor | None, *,
         ``torch.compile`` the weight is decoded in the graph, whose partitioner decides what is kept. Forward mode and autocast
         go through plain operations too.
     """
+    if not kind.takes_ids and not torch.is_autocast_enabled(x.device.type):
+        bias = None if bias is None else bias.to(quantized.dtype)
+        if x.dtype != quantized.dtype:
+            return product(kind, x.to(quantized.dtype), quantized, bias, recompute=recompute).to(x.dtype)
     tensors = tuple(quantized.data.values())
     if not (kind.has_adjoint and _recomputes(quantized, recompute) and _reverse_only(x)):
         return kind.product(x, quantized.format.dequant(quantized), bias)

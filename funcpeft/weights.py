@@ -3,7 +3,8 @@
 An expression is a ``Tensor``, a ``Quantized`` (plain tensors and a static format) or an ``Adapted`` (an expression, a
 method, its leaves). It has two meanings: ``dense``, the stored weight it stands for, and ``meet``, the product with an
 input, which never makes the dense weight where the method can avoid it. Since ``Adapted`` holds an expression, methods
-nest, on quantized bases too. Methods see one layer as a ``Base``. Imports storage, layers, context, tree.
+nest, on quantized bases too. Methods see one layer as a ``Base``. Of a population the weight is ``fold.Folded``, which
+meets an input by the same ``meet``. Imports storage, layers, context, tree.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from funcpeft.context import EVAL, Context
 from funcpeft.layers import Kind
 from funcpeft.storage import Quantized, product
-from funcpeft.tree import Leaves
+from funcpeft.tree import Leaves, register
 
 if TYPE_CHECKING:
     from funcpeft.method import Method
@@ -38,6 +39,7 @@ class Site:
         index: Position among the sites of its method, in module order.
         met: Whether inputs meet it through its layer's ``forward``; otherwise its module reads the dense weight.
         salt: 31-bit hash of the path, which tells its draws from other sites'.
+        reader: Dotted name of the module whose forward reads it: its owner, or what reads a child's weight by itself.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Site:
     index: int
     met: bool
     salt: int
+    reader: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,13 @@ class Adapted:
         return self.base.device
 
 
+register(
+    Adapted,
+    lambda a: ((a.base, a.leaves, a.context), (a.site, a.method)),
+    lambda static, children: Adapted(children[0], static[0], static[1], children[1], children[2]),
+    lambda a: ("base", "leaves", "context"),
+)
+
 Expression = Tensor | Quantized | Adapted
 
 
@@ -94,14 +104,27 @@ class Base:
     geometry; ``over_in`` and ``over_out`` apply a function of the last axis to the feature axis of inputs and outputs.
     """
 
-    __slots__ = ("_expr", "_occurrence", "_pair", "_raw_bias", "precision", "site")
+    __slots__ = ("_expr", "_leaves", "_occurrence", "_pair", "_precision", "_raw_bias", "site")
 
     def __init__(
-        self, site: Site, expr: Any, bias: Tensor | None = None, occurrence: int = 0, precision: torch.dtype | None = None
+        self,
+        site: Site,
+        expr: Any,
+        bias: Tensor | None = None,
+        occurrence: int = 0,
+        precision: torch.dtype | None = None,
+        leaves: Leaves | None = None,
     ) -> None:
         self.site, self._expr, self._raw_bias, self._occurrence = site, expr, bias, occurrence
-        self.precision = precision or torch.promote_types(expr.dtype, torch.float32)
+        self._precision, self._leaves = precision, leaves
         self._pair: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The dtype in which the method computes: the widest of the weight's, the leaves' and float32."""
+        if self._precision is None:
+            self._precision = common_dtype(self._expr.dtype, self._leaves or {})
+        return self._precision
 
     path = property(lambda self: self.site.path, doc="Path of the site.")
     index = property(lambda self: self.site.index, doc="Position among the sites of the method.")
@@ -115,6 +138,11 @@ class Base:
     def shape(self) -> torch.Size:
         """Shape of the matrix, ``(*lead, out, in)``, found without making it."""
         return self.kind.matrix(torch.empty(self.site.shape, device="meta")).shape
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The stored weight, if it is a plain tensor."""
+        return self._expr if isinstance(self._expr, Tensor) else None
 
     @property
     def quantized(self) -> Quantized | None:
@@ -166,6 +194,22 @@ class Base:
         """Applies ``f`` to outputs with the feature axis moved last."""
         return self.over_in(y, f)
 
+    def features_last(self, y: Tensor) -> Tensor:
+        """Returns inputs or outputs with the feature axis moved last."""
+        return y.movedim(self.kind.feature_axis(), -1)
+
+    def columns(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Returns what ``map`` multiplies a matrix's columns by, at every position: ``(..., in)``, or ids.
+
+        Those are the features of a linear layer, the patches that a kernel sees, and an embedding's ids.
+        """
+        if self.takes_ids:
+            return x
+        x = x.to(matrix.dtype)
+        if self.kind.name != "conv":
+            return x
+        return self.features_last(self.map(x, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)))
+
     def over_columns(self, scale: Tensor) -> Tensor:
         """Spreads one number per input feature over the matrix's columns: ``(1 or out, in)``."""
         return self.kind.over_columns(scale, self.site.shape)
@@ -186,16 +230,16 @@ class Base:
 def effective(expr: Any, site: Site, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Returns the matrix and the bias that an expression stands for, in float32 or wider."""
     if isinstance(expr, Adapted):
-        precision = common_dtype(expr)
+        precision = common_dtype(expr.dtype, expr.leaves)
         merged = expr.method.merge(cast_leaves(expr.leaves, precision), Base(site, expr.base, bias, precision=precision))
         return merged.weight, merged.bias
     return wide(site.kind.matrix(dense(expr))), None if bias is None else wide(bias)
 
 
-def common_dtype(expr: Adapted) -> torch.dtype:
+def common_dtype(dtype: torch.dtype, leaves: Leaves) -> torch.dtype:
     """Returns the dtype in which a weight and its leaves are combined: the widest of them, at least float32."""
-    dtype = torch.promote_types(expr.dtype, torch.float32)
-    for t in expr.leaves.values():
+    dtype = torch.promote_types(dtype, torch.float32)
+    for t in leaves.values():
         if t.is_floating_point():
             dtype = torch.promote_types(dtype, t.dtype)
     return dtype
@@ -226,6 +270,13 @@ def dense_pair(expr: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return stored, None if new_bias is None else new_bias.to(expr.dtype)
 
 
+def output_dtype(expr: Any, site: Site, x: Tensor) -> torch.dtype:
+    """Returns the dtype of a layer's output: the stored weight's, or of a float input to a quantized one the input's."""
+    while isinstance(expr, Adapted):
+        expr = expr.base
+    return x.dtype if isinstance(expr, Quantized) and not site.kind.takes_ids and x.is_floating_point() else expr.dtype
+
+
 def meet(expr: Any, site: Site, bias: Tensor | None, x: Tensor, occurrence: int = 0) -> Tensor:
     """Computes a layer's output for an input, the weight being an expression.
 
@@ -238,8 +289,10 @@ def meet(expr: Any, site: Site, bias: Tensor | None, x: Tensor, occurrence: int 
     """
     if isinstance(expr, Adapted):
         context = expr.context.at(site.salt, occurrence)
-        y = expr.method.apply(expr.leaves, Base(site, expr.base, bias, occurrence, common_dtype(expr)), x, context)
-        return y if y.dtype == expr.dtype else y.to(expr.dtype)
+        y = expr.method.apply(expr.leaves, Base(site, expr.base, bias, occurrence, leaves=expr.leaves), x, context)
+        return y.to(output_dtype(expr, site, x))
     if isinstance(expr, Quantized):
         return product(site.kind, x, expr, bias)
-    return site.kind.product(x, expr, bias)
+    if isinstance(expr, Tensor):
+        return site.kind.product(x, expr, bias)
+    return expr.meet(site, bias, x, occurrence)

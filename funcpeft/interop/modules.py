@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from funcpeft.interop.library import Library, Taken
 LIBRARIES: tuple[Library, ...] = tuple(getattr(libraries, name)() for name in libraries.__all__)
 
 
-def functionalize(module: nn.Module) -> tuple[Model, Params]:
+def functionalize(module: nn.Module, *, remat: bool | str | Sequence[str] = False) -> tuple[Model, Params]:
     """Turns a module into a pure function and a flat tree of its tensors.
 
     Layers that bitsandbytes, torchao, GPTQ and the like put in the place of linear layers become plain linear layers, their
@@ -31,6 +31,10 @@ def functionalize(module: nn.Module) -> tuple[Model, Params]:
     Args:
         module: Any ``nn.Module``. It is never written, and storage is shared where a leaf is as the module has it. The
             function runs in eval mode.
+        remat: Whether each transformer block (``GradientCheckpointingLayer`` of transformers) keeps its inputs alone and is
+            computed again in the backward pass: gradient checkpointing that works in ``torch.func`` too, where
+            ``torch.compile`` does not decide. Or names, dotted suffixes or regular expressions of the modules to recompute.
+            A cache that the call did not bring filled stays empty then.
 
     Returns:
         ``(model, params)``: ``model(params, *args, **kwargs)`` returns exactly what the module's forward returns (up to the
@@ -38,6 +42,7 @@ def functionalize(module: nn.Module) -> tuple[Model, Params]:
         parameters and buffers by dotted name, detached, tied ones once (``model.ties`` maps aliases).
 
     Raises:
+        NoMatchError: If ``remat`` names no module.
         TypeError: If ``module`` is not an ``nn.Module`` or cannot be copied.
         ValueError: If a parameter or buffer holds no data (on the meta device, or of a lazy module), or a library's layer
             has rewritten its weight.
@@ -49,7 +54,7 @@ def functionalize(module: nn.Module) -> tuple[Model, Params]:
     taken = foreign(module) if isinstance(module, nn.Module) else {}
     module = _without_hooks(module) if taken else module
     replaced = {path: (t.plain(), _leaves(t)) for path, t in taken.items()}
-    return functional.functionalize(module, replaced=replaced)
+    return functional.functionalize(module, remat=remat, replaced=replaced)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

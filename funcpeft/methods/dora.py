@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from funcpeft.context import Context
-from funcpeft.method import Method
+from funcpeft.method import Factor, Method
 from funcpeft.methods.lora import LoRA
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base
@@ -89,6 +89,15 @@ class DoRA(LoRA):
             plain = base.over_out(plain, lambda h: h - bias)
         update = self.product(leaves, base, dropped)
         return y + base.over_out(plain, lambda h: (g - 1) * h) + base.over_out(update, lambda h: g * h)
+
+    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
+        per_length = gain(torch.ones_like(leaves["m"]), base.weight + self.delta(leaves, base))
+        scaled = base.over_out(grad_out, lambda h: leaves["m"] * per_length * h)
+        dropped, bias = x if base.takes_ids else context.dropout(x, self.lora_dropout), base.bias
+        product = base.features_last(base(dropped) + self.product(leaves, base, dropped))
+        product = product if bias is None else product - bias
+        m = base.features_last(grad_out) * per_length * product
+        return {**super().factors(leaves, base, x, scaled, context), "m": m}
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         v = base.weight + self.delta(leaves, base)

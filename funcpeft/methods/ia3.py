@@ -24,7 +24,7 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.context import Context
-from funcpeft.method import Method
+from funcpeft.method import Factor, Method
 from funcpeft.tree import Leaves, all_finite
 from funcpeft.weights import Base
 
@@ -97,6 +97,12 @@ class IA3(Method):
             return h * leaves["l"]
 
         return base(base.over_in(x, scaled)) if self.scales_input(base.path) else base.over_out(base(x), scaled)
+
+    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
+        if not self.scales_input(base.path):
+            return {"l": base.features_last(grad_out * base(x))}
+        back: Any = torch.func.vjp(base, base.over_in(x, lambda h: h * leaves["l"]))[1]
+        return {"l": base.features_last(x * back(grad_out.to(base.dtype))[0])}
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return self._scaled(leaves["l"], base)

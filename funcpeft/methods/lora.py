@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcpeft import errors, rng
+from funcpeft import errors, lowrank, rng
 from funcpeft.context import Context
-from funcpeft.method import Additive, FrozenDict, Method, by_pattern
+from funcpeft.method import Additive, Factor, FrozenDict, Method, by_pattern
 from funcpeft.tree import Adapter, Leaves
 from funcpeft.weights import Base
 
@@ -253,11 +253,37 @@ class LoRA(Additive):
         dropped = x if base.takes_ids else context.dropout(x, self.lora_dropout)
         return base(x) + self.product(leaves, base, dropped)
 
+    def apply_stacked(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        """Sums the base's output and the members' updates by batched products."""
+        lean = base.kind.name in ("linear", "transposed") and "A0" not in leaves and "bias" not in leaves
+        if not lean or (context.training and self.lora_dropout):
+            return super().apply_stacked(leaves, base, x, context)
+        a, b, scaling = leaves["A"], leaves["B"], leaves["scaling"]
+        stored, rows = base.tensor, x.reshape(len(a), -1, x.shape[-1])
+        if stored is not None and lowrank.fits(x, stored, a, b):
+            y = lowrank.low_rank(rows, base.kind.matrix(stored), base.bias, a, b, scaling)
+        else:
+            y = base(x).reshape(len(a), rows.shape[1], -1)
+            hidden = torch.bmm(rows.to(a.dtype), a.mT) * scaling.to(b.dtype).view(-1, 1, 1)
+            y = torch.baddbmm(y, hidden, b.mT) if y.dtype == b.dtype else y + torch.bmm(hidden, b.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return self._shift(leaves, base, 1)
 
     def unmerge(self, leaves: Leaves, base: Base) -> Base:
         return self._shift(leaves, base, -1)
+
+    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
+        if getattr(base.kind, "scale_grad_by_freq", False):  # it counts ids of all examples together
+            return {}
+        a, b = leaves["A"], leaves["B"]
+        dropped = x if base.takes_ids else context.dropout(x, self.lora_dropout)
+        g = (leaves["scaling"] * base.features_last(grad_out)).to(b.dtype)
+        low, met = g @ b, base.columns(dropped, a)
+        if (padding := getattr(base.kind, "padding_idx", None)) is not None:  # the layer gives its row no gradient
+            low = torch.where((x == padding)[..., None], 0, low)
+        return {"A": (low, met), "B": (g, base.features_last(base.map(dropped, a))), "bias": g}
 
     def _shift(self, leaves: Leaves, base: Base, sign: int) -> Base:
         bias = base.bias

@@ -47,15 +47,15 @@ def project(leaves: Leaves) -> Tensor:
 
 
 def pairs(table: Tensor, layers: int, heads: int, stacks: int) -> list[tuple[Tensor, Tensor]]:
-    """Cuts a table ``(nv, 2 * layers * heads * hd)`` into (key, value) pairs by layer, each ``(heads, nv, hd)``.
+    """Cuts a table ``(*rows, nv, 2 * layers * heads * hd)`` into (key, value) pairs by layer, each ``(*rows, heads, nv, hd)``.
 
     Args:
-        table: The table.
+        table: The table, or one per row of the batch.
         layers: Number of layers.
         heads: Number of key heads.
         stacks: With 2, layer l takes the pair of layer 2l modulo ``layers``: peft's order in encoder-decoder models.
     """
-    x = table.reshape(table.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
+    x = table.reshape(*table.shape[:-1], 2 * layers, heads, -1).movedim((-3, -2), (0, -3))
     return [(x[2 * i], x[2 * i + 1]) for i in (stacks * layer % layers for layer in range(layers))]
 
 
@@ -63,7 +63,7 @@ def prefixed(layers: list[tuple[Tensor, Tensor]], call: Call, kind: str, facts: 
     """Wraps a call so that its (decoder's) self-attention finds keys and values before those of the input.
 
     Args:
-        layers: A (key, value) pair per layer, each ``(heads, nv, hd)``.
+        layers: A (key, value) pair per layer, each ``(heads, nv, hd)``, or ``(B, heads, nv, hd)`` with one per row.
         call: The call to wrap.
         kind: ``"forward"`` or ``"generate"``.
         facts: Facts of the model.
@@ -98,6 +98,8 @@ def prefixed(layers: list[tuple[Tensor, Tensor]], call: Call, kind: str, facts: 
 
 
 def _rows(t: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    if t.ndim == 4:  # generate has repeated the rows, for beams or several returned sequences
+        return t.to(dtype).repeat_interleave(rows // t.shape[0], 0)
     return t.to(dtype).expand(rows, *t.shape)
 
 
@@ -194,6 +196,10 @@ class PrefixTuning(Method):
     def table(self, leaves: Leaves) -> Tensor:
         """Returns the table, evaluated if the leaves are those of the projection."""
         return leaves["T"] if "T" in leaves else project(leaves)
+
+    def call_leaves(self, leaves: Leaves) -> Leaves:
+        """Returns the table, evaluated."""
+        return {"T": self.table(leaves)}
 
     def wrap(self, leaves: Leaves, call: Call, kind: str, facts: Any) -> Call:
         """Returns the call with the prefix in its cache."""

@@ -277,7 +277,7 @@ class PromptTuning(Method):
 
     def wrap(self, leaves: Leaves, call: Call, kind: str, facts: Any) -> Call:
         """Returns the call with the prompt in front of its input."""
-        prompt = leaves["P"][: self.num_virtual_tokens]
+        prompt = leaves["P"][..., : self.num_virtual_tokens, :]
         return prepended(prompt, call, kind, facts, task_of(self.task_type, facts), self.label)
 
     def peft_resolved(self, facts: Any) -> dict[str, Any]:

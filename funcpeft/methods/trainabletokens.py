@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.context import Context
-from funcpeft.method import Method
+from funcpeft.method import Factor, Method
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base
 
@@ -83,6 +83,11 @@ class TrainableTokens(Method):
             return torch.where(chosen < 0, y, logits[..., chosen.clamp(min=0)])
         position = _position(x, ids)
         return torch.where((position < 0)[..., None], y, rows[position.clamp(min=0)])
+
+    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
+        if not base.takes_ids:
+            return {"D": (grad_out[..., leaves["ids"]], x)}
+        return {"D": ((x[..., None] == leaves["ids"]).to(grad_out.dtype), grad_out)}
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         position = _position(torch.arange(_rows(base).shape[0], device=leaves["ids"].device), leaves["ids"])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from funcpeft import rng
 from funcpeft.context import Context
-from funcpeft.method import Additive
+from funcpeft.method import Additive, Factor
 from funcpeft.tree import Leaves, Tree
 from funcpeft.weights import Base
 
@@ -104,6 +104,11 @@ class VeRA(Additive):
         a, b = _slices(leaves, base)
         low = leaves["d"] * base.map(context.dropout(x, self.vera_dropout), a)
         return base(x) + leaves["b"] * (low @ b.mT)
+
+    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
+        a, b = _slices(leaves, base)
+        low = base.map(context.dropout(x, self.vera_dropout), a)
+        return {"b": grad_out * ((leaves["d"] * low) @ b.mT), "d": low * ((grad_out * leaves["b"]) @ b)}
 
 
 def _slices(leaves: Leaves, base: Base) -> tuple[Tensor, Tensor]:

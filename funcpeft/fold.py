@@ -1,0 +1,230 @@
+"""Folding: a weight of many members meets one ordinary batch, whose rows are those of the members one after the other.
+
+The base sees plain tensors; at an adapted weight the rows are told apart again and the method's own ``apply`` runs for the
+members of a group under ``vmap``, or in the batched form that the method gives. ``Layout`` says which rows are whose,
+``Folded`` is the weight. Imports weights, tree, errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcpeft import errors
+from funcpeft.tree import register
+from funcpeft.weights import Adapted, Base, Quantized, Site, dense_pair, meet, output_dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows of a batch belong to which members.
+
+    Attributes:
+        groups: ``(members, rows of each)`` of every group, in the order of the rows.
+        rest: Rows after them that no member acts on.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    rest: int = 0
+
+    #: Number of rows.
+    rows: int = field(init=False, compare=False)
+    #: Whether all rows are those of one group.
+    single: bool = field(init=False, compare=False)
+    #: Whether all rows are one member's, so that nothing has to be told apart.
+    alone: bool = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        single = not self.rest and len(self.groups) == 1
+        object.__setattr__(self, "rows", sum(n * rows for n, rows in self.groups) + self.rest)
+        object.__setattr__(self, "single", single)
+        object.__setattr__(self, "alone", single and self.groups[0][0] == 1)
+
+    def cut(self, t: Tensor, axis: int) -> list[Tensor]:
+        """Cuts a tensor with rows (or several entries per row) along an axis into the groups, then the rest.
+
+        Returns:
+            One tensor per group with the axis split into ``(members, entries of each)``; the rest as it is, if there is one.
+        """
+        per, parts, start = t.shape[axis] // self.rows, [], 0
+        for n, rows in self.groups:
+            size = n * rows * per
+            part = t if size == t.shape[axis] else t.narrow(axis, start, size)
+            parts.append(part.unflatten(axis, (n, rows * per)))
+            start += size
+        if self.rest:
+            parts.append(t.narrow(axis, start, self.rest * per))
+        return parts
+
+    def joined(self, parts: list[Tensor], axis: int) -> Tensor:
+        """Inverts ``cut``."""
+        flat = [p.flatten(axis, axis + 1) for p in parts[: len(self.groups)]] + parts[len(self.groups) :]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where rows are in the inputs of sites. Static.
+
+    Attributes:
+        at: The axis, by path, and of units (``units.Place``) by theirs; a path that is not there has them on the first axis.
+        read: Paths of layers whose weight a module beside them reads.
+    """
+
+    at: Mapping[str, Any] = field(default_factory=dict)
+    read: frozenset[str] = frozenset()
+
+
+#: Rows on the first axis everywhere.
+FIRST = Places()
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """A parameter that every member replaces by its own: ``(members, *shape)``."""
+
+    value: Tensor
+
+    shape = property(lambda self: self.value.shape[1:], doc="Shape of one member's.")
+    dtype = property(lambda self: self.value.dtype, doc="dtype.")
+    device = property(lambda self: self.value.device, doc="Device.")
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """The weight of a population at one site.
+
+    Attributes:
+        groups: One expression per group of the layout, the leaves of its methods with a leading member axis.
+        base: The expression that the remaining rows meet.
+        layout: Which rows are whose.
+        places: Where rows are.
+        observe: Called with the path and the input at every meeting; what a probe sees.
+        read: Whether a module beside the layer reads the weight, so that this module has to run whole.
+    """
+
+    groups: tuple[Any, ...]
+    base: Any
+    layout: Layout
+    places: Places = FIRST
+    observe: Callable[..., None] | None = None
+    read: bool = False
+
+    shape = property(lambda self: self.base.shape, doc="Shape of the stored weight.")
+    dtype = property(lambda self: self.base.dtype, doc="dtype of the stored weight.")
+    device = property(lambda self: self.base.device, doc="Device of the stored weight.")
+
+    def dense(self, site: Site, bias: Any) -> tuple[Tensor, Tensor | None]:
+        """Returns the stored weight and bias of a population of one.
+
+        Raises:
+            ValueError: If there are several members.
+        """
+        if not self.layout.alone:
+            rule, remedy = "a module reads it, and it has no one value in a population", "use strategy='vmap' or 'loop'"
+            raise ValueError(errors.say(f"the weight at {site.path!r}", rule, None, remedy))
+        if self.observe is not None:
+            self.observe(site.path, None)
+        return dense_pair(member(self.groups[0], 0), member(bias.groups[0] if isinstance(bias, Folded) else bias, 0))
+
+    def meet(self, site: Site, bias: Any, x: Tensor, occurrence: int) -> Tensor:
+        """Computes a layer's output for the rows of all members.
+
+        Raises:
+            ValueError: If the input does not carry the rows of the population.
+        """
+        if self.observe is not None:
+            self.observe(site.path, x)
+        biases = (*bias.groups, bias.base) if isinstance(bias, Folded) else (bias,) * (len(self.groups) + 1)
+        if self.layout.alone:
+            return meet(member(self.groups[0], 0), site, member(biases[0], 0), x, occurrence)
+        axis = self.places.at.get(site.path, 0)
+        require_rows(site.path, x, axis, self.layout)
+        if self.layout.single and axis == 0:  # what parts and join come to, in fewer operations
+            n = self.layout.groups[0][0]
+            y = _meet_group(self.groups[0], biases[0], site, x.reshape(n, x.shape[0] // n, *x.shape[1:]), 0, occurrence)
+            return y.reshape(x.shape[0], *y.shape[2:])
+        parts = self.layout.cut(x, axis)
+        out = [_meet_group(e, b, site, p, axis, occurrence) for e, b, p in zip(self.groups, biases, parts, strict=False)]
+        if self.layout.rest:
+            out.append(meet(self.base, site, biases[-1], parts[-1], occurrence))
+        return self.layout.joined(out, axis)
+
+
+register(
+    Stacked,
+    lambda s: ((s.value,), None),
+    lambda _, children: Stacked(children[0]),
+    lambda s: ("value",),
+)
+register(
+    Folded,
+    lambda f: ((*f.groups, f.base), (f.layout, f.places, f.observe, f.read)),
+    lambda static, children: Folded(tuple(children)[:-1], tuple(children)[-1], *static),
+    lambda f: (*(f"groups[{i}]" for i in range(len(f.groups))), "base"),
+)
+
+
+def require_rows(path: str, x: Tensor, axis: int, layout: Layout) -> None:
+    """Raises ``ValueError`` if an axis cannot hold the rows of a layout."""
+    if x.ndim <= axis or x.shape[axis] % layout.rows:
+        rule = f"axis {axis} of the input must hold the {layout.rows} rows of the population"
+        raise ValueError(errors.say(f"fold at {path!r}", rule, f"shape {tuple(x.shape)}", "use strategy='vmap' or 'loop'"))
+
+
+def mapped(expr: Any) -> Iterator[Tensor]:
+    """Yields the tensors of an expression that have a member axis."""
+    if isinstance(expr, Stacked):
+        yield expr.value
+    elif isinstance(expr, Adapted):
+        yield from mapped(expr.base)
+        yield from expr.leaves.values()
+        if isinstance(expr.context.seed, Tensor) and expr.context.seed.ndim:
+            yield expr.context.seed
+
+
+def with_mapped(expr: Any, tensors: Iterator[Tensor]) -> Any:
+    """Returns the expression of one member, given its own tensors in the order of ``mapped``."""
+    if isinstance(expr, Stacked):
+        return next(tensors)
+    if not isinstance(expr, Adapted):
+        return expr
+    base = with_mapped(expr.base, tensors)
+    leaves = {name: next(tensors) for name in expr.leaves}
+    several = isinstance(expr.context.seed, Tensor) and bool(expr.context.seed.ndim)
+    context = replace(expr.context, seed=next(tensors)) if several else expr.context
+    return Adapted(base, expr.site, expr.method, leaves, context)
+
+
+def member(expr: Any, index: int) -> Any:
+    """Returns the expression of one member; one that all share is returned as it is."""
+    return with_mapped(expr, (t[index] for t in mapped(expr)))
+
+
+def _meet_group(expr: Any, bias: Any, site: Site, x: Tensor, axis: int, occurrence: int) -> Tensor:
+    """Meets the rows of a group's members, the axis before their own being the members'."""
+    if axis == 0 and isinstance(expr, Adapted) and isinstance(expr.base, Tensor | Quantized) and not isinstance(bias, Stacked):
+        context = expr.context.at(site.salt, occurrence)
+        base = Base(site, expr.base, bias, occurrence, leaves=expr.leaves)
+        y = expr.method.apply_stacked(expr.leaves, base, x, context)
+        return y.to(output_dtype(expr, site, x))
+    tensors, own = tuple(mapped(expr)), tuple(mapped(bias))
+
+    def one(tensors: tuple[Tensor, ...], own: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        return meet(with_mapped(expr, iter(tensors)), site, with_mapped(bias, iter(own)), x, occurrence)
+
+    if not tensors and not own:
+        return meet(expr, site, bias, x.flatten(axis, axis + 1), occurrence).unflatten(axis, x.shape[axis : axis + 2])
+    return torch.func.vmap(one, in_dims=(0, 0, axis), out_dims=axis)(tensors, own, x)
+
+
+def folded_like(expr: Any, other: Folded) -> Folded:
+    """Returns a weight that all members share, in the layout of another."""
+    return Folded((expr,) * len(other.groups), expr, other.layout, other.places, other.observe)
+
+
+Expression = Tensor | Quantized | Adapted | Folded
