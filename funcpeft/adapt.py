@@ -17,6 +17,7 @@ from torch import Tensor
 from funcpeft import errors, rng, targets
 from funcpeft.context import EVAL, Context
 from funcpeft.facts import ModelFacts
+from funcpeft.fold import Stacked
 from funcpeft.functional import Model, Params
 from funcpeft.merging import MergeReport, Target, merge_params, unmerge_site
 from funcpeft.method import Method
@@ -63,6 +64,8 @@ class Net:
     def __init__(self, model: Model, methods: Sequence[Method], entries: Sequence[Entry]) -> None:
         self.model, self.methods, self.entries = model, tuple(methods), tuple(entries)
         self._shapes = [_expected(self, e) for e in self.entries]
+        self._stacked_shapes: dict[tuple[int, int], Expected] = {}
+        self.plans: dict[str, Any] = {}  # how populations of this net are called, by form of the call: found once
         self._aliases: dict[str, list[str]] = {}
         for alias, key in model.ties.items():
             self._aliases.setdefault(key, []).append(alias)
@@ -111,7 +114,10 @@ class Net:
             extra = {**needs, "facts": ModelFacts(self.model, params)} if entry.method.wraps else needs
             adapter = entry.method.init(bases, seed=seed, **extra)
             made.append(_cast(adapter, bases, self._half_or_not(params), dtype))
-        self.model.prepare(self._expression_keys(params))
+        keys = self._expression_keys(params)
+        self.model.prepare(keys)
+        adapted = self.adapted_keys()
+        self.model.prepare(keys | adapted, adapted)
         return made[0] if len(made) == 1 else tuple(made)
 
     def bases(self, entry: Entry, params: Params) -> dict[str, Base]:
@@ -144,14 +150,26 @@ class Net:
                 keys |= {key for site in entry.sites.values() for key in (site.weight, *self._bound(entry.method, site))}
         return frozenset(keys)
 
+    def adapted_keys(self) -> frozenset[str]:
+        """Returns the keys of all weights that the net adapts, replaced ones included."""
+        sites = ((entry.method, site) for entry in self.entries for site in entry.sites.values())
+        return frozenset(key for method, site in sites for key in (site.weight, *self._bound(method, site)))
+
     def _bound(self, method: Method, site: Site) -> list[str]:
         """Lists the aliases of a site's weight that the method adapts with it, because it binds to the tensor."""
         return self._aliases.get(site.weight, []) if method.binds_ties else []
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
-    def attach(self, params: Params, adapter: Adapters, context: Context = EVAL) -> Params:
+    def attach(self, params: Params, adapter: Adapters, context: Context = EVAL, *, members: int | None = None) -> Params:
         """Returns params in which every adapted weight is an expression; what the model is called with.
+
+        Args:
+            params: The base's leaves.
+            adapter: What ``net.init`` made, or a tree of its form.
+            context: Training flag and seed of the call.
+            members: N, if the adapter is a stack of N. Its expressions are then those of a population, which only
+                ``funcpeft.population`` knows how to call.
 
         Raises:
             TypeError: If the adapter was not made for this net; the message names the paths that differ.
@@ -161,16 +179,18 @@ class Net:
             found, remedy = type(context).__name__, "pass Context(training=True, seed=step)"
             raise TypeError(errors.say("net", "context must be a Context", found, remedy))
         out = dict(params)
-        for position, (entry, one) in enumerate(zip(self.entries, self._matched(adapter), strict=True)):
+        for position, (entry, one) in enumerate(zip(self.entries, self._matched(adapter, members), strict=True)):
             here = context.at(position)
             for path, site in entry.sites.items():
-                self._place(out, entry.method, site, entry.leaves(one, path), here)
+                self._place(out, entry.method, site, entry.leaves(one, path), here, members is not None)
         return out
 
-    def _place(self, out: Params, method: Method, site: Site, leaves: Leaves, context: Context) -> None:
+    def _place(self, out: Params, method: Method, site: Site, leaves: Leaves, context: Context, stacked: bool) -> None:
         key, before = site.weight, self._leaf(out, site.weight)
+        value: Any
         if method.takes_any:
             value = leaves["value"].to(before.dtype)
+            value = Stacked(value) if stacked else value
         else:
             value = Adapted(before, site, method, leaves, context)
         for alias in self._aliases.get(key, []):
@@ -180,7 +200,7 @@ class Net:
                 out[alias] = Adapted(out[alias], self.model.site(alias), method, leaves, context)
         out[key] = value
 
-    def _matched(self, adapter: Adapters) -> tuple[Adapter, ...]:
+    def _matched(self, adapter: Adapters, members: int | None = None) -> tuple[Adapter, ...]:
         given = as_tuple(adapter)
         if len(given) != len(self.entries):
             want = ", ".join(type(e.method).__name__ for e in self.entries)
@@ -200,8 +220,20 @@ class Net:
                     )
                 )
             _require_known(entry, one)
-            _require_shapes(entry.method.label, one, shapes)
+            if members is None:
+                _require_shapes(entry.method.label, one, shapes)
+            else:
+                _require_shapes(entry.method.label, one, self._shapes_of(shapes, members), (members,))
         return given
+
+    def _shapes_of(self, shapes: Expected, members: int) -> Expected:
+        """Returns the shapes of a stack's leaves."""
+        key = id(shapes), members
+        if key not in self._stacked_shapes:
+            lead = torch.Size((members,))
+            stacked = {p: {n: (lead + s, a) for n, (s, a) in leaves.items()} for p, leaves in shapes.items()}
+            self._stacked_shapes[key] = stacked
+        return self._stacked_shapes[key]
 
     def __call__(self, params: Params, adapter: Adapters, /, *args: Any, context: Context = EVAL, **kwargs: Any) -> Any:
         """Returns what the module's forward returns, with the adapter applied.
@@ -223,18 +255,17 @@ class Net:
 
     def _call(self, name: str, params: Params, adapter: Adapters, args: Any, kwargs: Any, context: Context) -> Any:
         try:
-            attached = self.attach(params, adapter, context)
-            if not any(e.method.wraps for e in self.entries):
-                return (
-                    self.model(attached, *args, **kwargs)
-                    if name == "forward"
-                    else self.model.call(name, attached, *args, **kwargs)
-                )
-            return self._wrapped(name, attached, adapter, args, kwargs)
+            return self.call_attached(name, self.attach(params, adapter, context), adapter, args, kwargs)
         except (KeyError, RuntimeError) as e:
             if not torch.compiler.is_compiling():
                 self._explain(adapter, e)
             raise
+
+    def call_attached(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any) -> Any:
+        """Calls a method of the module with what ``attach`` returned; of ``adapter`` only leaves of the call are read."""
+        if any(e.method.wraps for e in self.entries):
+            return self._wrapped(name, attached, adapter, args, kwargs)
+        return self.model(attached, *args, **kwargs) if name == "forward" else self.model.call(name, attached, *args, **kwargs)
 
     def _wrapped(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any) -> Any:
         if name not in ("forward", "generate"):
@@ -389,18 +420,21 @@ def _expected(net: Net, entry: Entry) -> Expected:
     return {p: {n: (t.shape, axes.get(n)) for n, t in fresh.leaves(p).items()} for p in paths}
 
 
-def _require_shapes(label: str, adapter: Adapter, expected: Expected) -> None:
-    """Raises ``TypeError`` for the first leaf whose shape would broadcast rather than fit."""
+def _require_shapes(label: str, adapter: Adapter, expected: Expected, lead: tuple[int, ...] = ()) -> None:
+    """Raises ``TypeError`` for the first leaf whose shape, after a member axis if there is one, would broadcast, not fit."""
     for path, leaves in expected.items():
         for tree in (adapter.params, adapter.consts):
             for name, t in tree.get(path, {}).items():
                 want = leaves.get(name)
                 if want is None or t.shape == want[0] or _fits(want[0], t.shape, want[1]):
                     continue
-                rule, found = f"leaf {name!r} of {label} must have shape {tuple(want[0])}", tuple(t.shape)
+                shape = want[0]
+                rule, found = f"leaf {name!r} of {label} must have shape {tuple(shape)}", tuple(t.shape)
                 remedy = "make it with net.init"
-                if t.shape[1:] == want[0] or (t.ndim == len(want[0]) + 1 and _fits(want[0], t.shape[1:], want[1])):
-                    remedy = "a stack goes through torch.func.vmap, or take one of unstack(adapter)"
+                if t.shape[1:] == shape or (t.ndim == len(shape) + 1 and _fits(shape, t.shape[1:], want[1])):
+                    remedy = "a stack goes through apply_many or torch.func.vmap, or take one of unstack(adapter)"
+                elif lead and (t.shape == shape[1:] or _fits(shape[1:], t.shape, want[1])):
+                    remedy = "stack the adapters"
                 raise TypeError(errors.say(f"adapter at {path!r}", rule, found, remedy))
 
 

@@ -103,6 +103,34 @@ def members(adapter: Adapters) -> int:
     return sizes.pop()
 
 
+def select(stacked: Adapters, index: Sequence[int] | Tensor) -> Any:
+    """Returns the stack of some members, in the order given; a member may come several times.
+
+    Args:
+        stacked: What ``stack`` made of N adapters.
+        index: Positions of members, in [0, N); a 1-d integer tensor may differ from call to call of a compiled function.
+
+    Raises:
+        ValueError: If a position is out of range, or there is none.
+    """
+    count = members(stacked)
+    if not isinstance(index, Tensor):
+        odd = [i for i in index if not 0 <= i < count]
+        if odd or not len(index):
+            raise ValueError(errors.say("select", f"positions must be in [0, {count})", odd or "none"))
+    made = tuple(Adapter(_taken(a.params, index), _taken(a.consts, index), a.rank_axes) for a in as_tuple(stacked))
+    return made if isinstance(stacked, tuple) else made[0]
+
+
+def _taken(tree: Tree, index: Sequence[int] | Tensor) -> Tree:
+    def take(t: Tensor) -> Tensor:
+        if not t.stride(0):  # all members share it
+            return t[:1].expand(len(index), *t.shape[1:])
+        return t.index_select(0, torch.as_tensor(index, device=t.device))
+
+    return {path: {name: take(t) for name, t in leaves.items()} for path, leaves in tree.items()}
+
+
 def unstack(adapter: Adapters) -> list[Any]:
     """Splits a stacked adapter into its members, ranks cut back; inverts ``stack`` bit for bit."""
     count = members(adapter)

@@ -1,0 +1,312 @@
+"""The probe: whether the rows of many members may share one batch of a model, found by calling it.
+
+The fold holds where rows stay one member's after the other and do not act on each other. A probe calls the net with one
+member's rows, with twice as many, and folded with two members whose leaves are moved at random; shapes at every site tell
+where rows are, and values whether they are independent. What a batch does beyond that (mixtures of experts that route
+tokens, relative biases, batch statistics, contrastive logits, losses) is found without a list of models. Imports inputs,
+adapt, fold, stacking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from funcpeft import errors, rng
+from funcpeft.adapt import Net
+from funcpeft.context import EVAL, Context
+from funcpeft.fold import FIRST, Folded, Layout, Places
+from funcpeft.functional import Params
+from funcpeft.inputs import Inputs, OutAxes, split_rows
+from funcpeft.stacking import select
+from funcpeft.tree import Adapter, Adapters, as_tuple, tree_map
+from funcpeft.units import Place
+
+#: By how much leaves are moved for a probe, so that members differ and methods that start at the identity act.
+_NOISE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a population is called, and why.
+
+    Attributes:
+        strategy: ``"fold"``, ``"vmap"`` or ``"loop"``.
+        reason: What the probe found against the strategies before it; empty for ``"fold"``.
+        places: Where rows are at every site.
+        outs: Axis of the rows of leaves of the output where it is not the first, ``None`` for what all rows share.
+    """
+
+    strategy: str
+    reason: str = ""
+    places: Places = FIRST
+    outs: OutAxes = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.strategy}: {self.reason}" if self.reason else f"{self.strategy}: rows are independent"
+
+
+class Unfoldable(Exception):
+    """The fold does not hold; the message says where."""
+
+
+def call_folded(
+    net: Net,
+    params: Params,
+    groups: Sequence[Adapters],
+    layout: Layout,
+    inputs: tuple[Any, Any],
+    *,
+    contexts: Sequence[Context],
+    places: Places = FIRST,
+    call: str = "forward",
+    observe: Callable[..., None] | None = None,
+) -> Any:
+    """Calls a net for the rows of several groups of members, in one batch.
+
+    Args:
+        net: The net.
+        params: The base's leaves.
+        groups: One stack of members per group of the layout.
+        layout: Which rows are whose.
+        inputs: ``(args, kwargs)`` of the batch.
+        contexts: The context of each group; a seed tensor with an axis is one seed per member.
+        places: Where rows are at the sites.
+        call: Method of the module.
+        observe: Called at every site with its path and input.
+    """
+    args, kwargs = inputs
+    if not groups:
+        rest = net.model(params, *args, **kwargs) if call == "forward" else net.model.call(call, params, *args, **kwargs)
+        return rest
+    made = [net.attach(params, a, c, members=n) for a, c, (n, _) in zip(groups, contexts, layout.groups, strict=True)]
+    attached = dict(made[0])
+    for key in net.adapted_keys():
+        base = params[key] if key in params else params[net.model.ties[key]]
+        read = net.model.site(key).path in places.read
+        attached[key] = Folded(tuple(m[key] for m in made), base, layout, places, observe, read)
+    return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs)
+
+
+def _by_row(net: Net, groups: Sequence[Adapters], layout: Layout) -> Any:
+    """Returns the leaves that methods of the call read, one per row of the batch."""
+    rows: list[Adapter] = []
+    for i, entry in enumerate(net.entries):
+        if not entry.method.wraps:
+            rows.append(Adapter())
+            continue
+        if layout.rest:
+            rule = "a row without an adapter cannot share a batch with rows that have one"
+            raise ValueError(errors.say(entry.method.label, rule, f"{layout.rest} such rows", "call the model for those rows"))
+        parts: list[Any] = []
+        for group, (_, count) in zip(groups, layout.groups, strict=True):
+            made = torch.func.vmap(entry.method.call_leaves)(as_tuple(group)[i].leaves(""))
+            parts.append({name: t.repeat_interleave(count, 0) for name, t in made.items()})
+        rows.append(Adapter({"": {name: torch.cat([p[name] for p in parts]) for name in parts[0]}}))
+    return tuple(rows) if len(rows) > 1 else rows[0]
+
+
+def probe(net: Net, params: Params, stacked: Adapters, inputs: Inputs, members: int, call: str) -> Plan:
+    """Finds out whether a population can be folded, by five small calls of the net.
+
+    Returns:
+        A plan with strategy ``"fold"`` and the places of the rows, or ``"vmap"`` or ``"loop"`` with the reason.
+
+    Raises:
+        Exception: What the net raises for these inputs with one member.
+    """
+    two = _moved(stacked, members)
+    one = select(two, [1])
+    first, last = inputs.member(0), inputs.member(members - 1)
+    both = _joined(first, last)
+    b = inputs.rows
+    with torch.no_grad():
+        alone = _Record(net, params, call)
+        want = alone.run([one], Layout(((1, b),)), last.unflat(_cloned(last.leaves)))
+        read = Places(read=frozenset(alone.read))
+        if alone.read:  # again, so that the modules that read run as units and are seen
+            alone = _Record(net, params, call)
+            alone.run([one], Layout(((1, b),)), last.unflat(_cloned(last.leaves)), read)
+        try:
+            pair = _Record(net, params, call)
+            out = pair.run([one], Layout(((1, 2 * b),)), both.folded(2), read)
+            places = replace(alone.places(pair, b), read=read.read)
+            outs = _out_axes(want, out, b)
+            return _checked(net, params, two, both, b, call, places, outs, want)
+        except Unfoldable as e:
+            reason = str(e)
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as e:
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        return _vmap_or_loop(net, params, two, both, call, want, reason)
+
+
+def _checked(net: Net, params: Params, two: Any, both: Inputs, b: int, call: str, places: Places, outs: Any, want: Any) -> Plan:
+    """Calls two members folded, and compares the second's rows with its own call; modules that do not vmap are looped."""
+    looped = {path: replace(p, looped=True) if isinstance(p, Place) else p for path, p in places.at.items()}
+    layout, tries = Layout(((2, b),)), [places]
+    if any(isinstance(p, Place) for p in places.at.values()):
+        tries.append(Places(looped, places.read))
+    for i, where in enumerate(tries):
+        try:
+            got = call_folded(net, params, [two], layout, both.folded(2), contexts=[EVAL], places=where, call=call)
+            break
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            if i == len(tries) - 1:
+                raise
+    second = lambda t, axis: t if axis is None else layout.cut(t, axis)[0].select(axis, 1)  # noqa: E731
+    halves = pytree.tree_leaves(split_rows(got, outs, layout.rows, second, "probe"))
+    if (leaf := _difference(halves, want)) is not None:
+        raise Unfoldable(f"rows act on each other: {leaf}")
+    return Plan("fold", "", where, outs)
+
+
+def _vmap_or_loop(net: Net, params: Params, two: Any, both: Inputs, call: str, want: Any, reason: str) -> Plan:
+    if call != "forward":
+        return Plan("loop", reason)
+    try:
+        got = call_vmapped(net, params, two, both, EVAL)
+    except Exception as e:  # whatever a model does under vmap, a loop is left
+        return Plan("loop", f"{reason}; under vmap {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+    halves = [t[1] if isinstance(t, Tensor) else t for t in pytree.tree_leaves(got)]
+    if (leaf := _difference(halves, want)) is not None:
+        return Plan("loop", f"{reason}; under vmap {leaf}")
+    return Plan("vmap", reason)
+
+
+def call_vmapped(net: Net, params: Params, stacked: Adapters, inputs: Inputs, context: Context, call: str = "forward") -> Any:
+    """Calls the whole model under ``vmap`` over members."""
+    spec: Any = None
+    plain: list[Any] = []
+    seeded = isinstance(context.seed, Tensor) and bool(context.seed.ndim)
+
+    def one(adapter: Adapters, context: Context, mapped: list[Any]) -> list[Tensor]:
+        nonlocal spec, plain
+        args, kwargs = inputs.with_mapped(mapped)
+        out = net.call(call, params, adapter, *args, context=context, **kwargs)
+        leaves, spec = pytree.tree_flatten(out)
+        plain = [None if isinstance(t, Tensor) else t for t in leaves]
+        return [t for t in leaves if isinstance(t, Tensor)]
+
+    axes = [a for a in inputs.member_axes if a is not None]
+    made = iter(torch.func.vmap(one, in_dims=(0, 0 if seeded else None, axes))(stacked, context, inputs.mapped))
+    return pytree.tree_unflatten([next(made) if p is None else p for p in plain], spec)
+
+
+class _Record:
+    """One call of a probe, and the shapes that it showed at every site."""
+
+    def __init__(self, net: Net, params: Params, call: str) -> None:
+        self.net, self.params, self.call_name = net, params, call
+        self.seen: list[tuple[str, tuple[Any, ...], tuple[Any, ...] | None]] = []
+        self.read: set[str] = set()
+
+    def run(self, groups: Sequence[Adapters], layout: Layout, inputs: tuple[Any, Any], places: Places = FIRST) -> Any:
+        def observe(path: str, given: Any, out: Any = None) -> None:
+            if given is None:
+                self.read.add(path)
+                return
+            leaves = (given,) if out is None else given
+            self.seen.append((path, _shapes(leaves), None if out is None else _shapes(out)))
+
+        return call_folded(self.net, self.params, groups, layout, inputs, contexts=[EVAL], call=self.call_name, observe=observe)
+
+    def places(self, twice: _Record, rows: int) -> Places:
+        """Finds, from a call with twice the rows, the axis of the rows at every site."""
+        if [p for p, *_ in self.seen] != [p for p, *_ in twice.seen]:
+            raise Unfoldable("other sites are met with more rows")
+        at: dict[str, Any] = {}
+        for (path, given, out), (_, given2, out2) in zip(self.seen, twice.seen, strict=True):
+            axes = tuple(_axis(f"the input of {path!r}", a, b, rows) for a, b in zip(given, given2, strict=True))
+            if out is None:
+                if axes[0] is None:
+                    raise Unfoldable(f"the input of {path!r} carries no rows: shape {given[0]}")
+                place: Any = axes[0]
+            else:
+                outs = tuple(_axis(f"the output of {path!r}", a, b, rows) for a, b in zip(out, out2 or (), strict=True))
+                place = Place(axes, outs)
+            if at.setdefault(path, place) != place:
+                raise Unfoldable(f"rows are on several axes at {path!r}")
+        return Places({path: place for path, place in at.items() if place != 0}, frozenset(self.read))
+
+
+def _shapes(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(t.shape) if isinstance(t, Tensor) else None for t in leaves)
+
+
+def _axis(what: str, shape: Any, twice: Any, rows: int) -> int | None:
+    """Returns the one axis that doubles with the rows, ``None`` if the shape stays."""
+    if shape == twice:
+        return None
+    if shape is None or twice is None or len(shape) != len(twice):
+        raise Unfoldable(f"{what} has another form with more rows: {shape}, then {twice}")
+    odd = [i for i, (a, b) in enumerate(zip(shape, twice, strict=True)) if a != b]
+    if len(odd) != 1 or twice[odd[0]] != 2 * shape[odd[0]] or shape[odd[0]] % rows:
+        raise Unfoldable(f"{what} does not carry the rows: shape {shape} with {rows}, {twice} with {2 * rows}")
+    return odd[0]
+
+
+def _out_axes(one: Any, twice: Any, rows: int) -> OutAxes:
+    a, b = (pytree.tree_flatten_with_path(t)[0] for t in (one, twice))
+    if len(a) != len(b):
+        raise Unfoldable("the output has another structure with more rows")
+    axes: dict[str, int | None] = {}
+    for (path, t), (_, u) in zip(a, b, strict=True):
+        if not isinstance(t, Tensor) or not isinstance(u, Tensor):
+            continue
+        shapes = [tuple(x.shape[:1]) if _ids(x) else tuple(x.shape) for x in (t, u)]  # generated ids end where they end
+        axis = _axis(f"output {pytree.keystr(path)}", *shapes, rows)
+        if axis is None and t.is_floating_point():  # a number that all rows share, such as the width of a window, is none
+            raise Unfoldable(f"output {pytree.keystr(path)} carries no rows: shape {tuple(t.shape)}; take losses from logits")
+        if axis != 0 and not (axis is None and not t.ndim):
+            axes[pytree.keystr(path)] = axis
+    return axes
+
+
+def _ids(t: Tensor) -> bool:
+    return t.ndim == 2 and not t.is_floating_point()
+
+
+def _difference(got: Sequence[Any], want: Any) -> str | None:
+    """Names the first leaf of an output that differs by more than rounding, ``None`` if there is none or values are hidden."""
+    keyed = pytree.tree_flatten_with_path(want)[0]
+    for t, (path, w) in zip(got, keyed, strict=False):
+        if not isinstance(w, Tensor) or not isinstance(t, Tensor):
+            continue
+        if _ids(w):
+            n = min(t.shape[1], w.shape[1])
+            t, w = t[:, :n], w[:, :n]
+        try:
+            size = float(w.abs().max()) if w.numel() else 0.0
+            tolerance = 8 * torch.finfo(w.dtype).eps ** 0.5 * size if w.is_floating_point() else 0.0
+            if t.shape != w.shape or not torch.allclose(t, w, rtol=0, atol=tolerance, equal_nan=True):
+                return f"output {pytree.keystr(path)} of a member depends on the others"
+        except RuntimeError:  # a transform hides the values; shapes have been compared
+            return None
+    return None
+
+
+def _moved(stacked: Adapters, members: int) -> Any:
+    """Returns the first and the last member, their trained leaves moved at random."""
+    gen = rng.generator(0, "probe")
+    noise = lambda t: t.detach() + _NOISE * rng.randn(tuple(t.shape), gen).to(t.device, t.dtype)  # noqa: E731
+    two = select(stacked, [0, members - 1])
+    made = tuple(a.replace(params=tree_map(noise, a.params)) for a in as_tuple(two))
+    return made if isinstance(two, tuple) else made[0]
+
+
+def _joined(first: Inputs, last: Inputs) -> Inputs:
+    """Returns the inputs of two members."""
+    pairs = list(zip(first.leaves, last.leaves, strict=True))
+    own = [isinstance(a, Tensor) and a is not b for a, b in pairs]
+    leaves = [torch.stack([a, b]) if o else a for (a, b), o in zip(pairs, own, strict=True)]
+    axes = [0 if o else None for o in own]
+    return replace(first, leaves=tuple(leaves), member_axes=tuple(axes))
+
+
+def _cloned(leaves: Sequence[Any]) -> list[Any]:
+    return [t.clone() if isinstance(t, Tensor) else t for t in leaves]
