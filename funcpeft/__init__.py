@@ -4,7 +4,7 @@ A model is a pure function, an adapter is a tree of tensors, and everything that
 trees. The public names, re-exported; nothing is computed here.
 """
 
-from funcpeft import optim, testing
+from funcpeft import optim, testing, train
 from funcpeft.adapt import Net, adapt, peft_init
 from funcpeft.context import Context
 from funcpeft.errors import CannotRequantizeError, CheckpointError, LostUpdateError, NoMatchError, NoMergedFormError
@@ -13,8 +13,10 @@ from funcpeft.gradients import value_and_grad
 from funcpeft.interop.modules import functionalize
 from funcpeft.interop.options import choose_format
 from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.interop.trainer import AdapterModule, to_module
 from funcpeft.interop.transformers import load_pretrained
 from funcpeft.interop.writing import write_quantized
+from funcpeft.kbit import prepare_kbit
 from funcpeft.loftq import loftq
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
@@ -36,10 +38,12 @@ from funcpeft.methods import (
     TrainableTokens,
     VeRA,
 )
+from funcpeft.population import PopulationWarning, apply_many, apply_routed, plan_many
 from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8, Ternary, TorchAONF4
 from funcpeft.quant.format import Format
 from funcpeft.quantization import QuantizationReport, dequantize, quantization_report, quantize, to
-from funcpeft.stacking import stack, unstack
+from funcpeft.remat import remat
+from funcpeft.stacking import select, stack, unstack
 from funcpeft.storage import Quantized
 from funcpeft.tree import Adapter
 from funcpeft.weights import Base
@@ -56,6 +60,7 @@ __all__ = [
     "NVFP4",
     "OFT",
     "Adapter",
+    "AdapterModule",
     "Additive",
     "AffineInt",
     "Base",
@@ -81,6 +86,7 @@ __all__ = [
     "Net",
     "NoMatchError",
     "NoMergedFormError",
+    "PopulationWarning",
     "PrefixTuning",
     "PromptTuning",
     "QuantizationReport",
@@ -92,6 +98,8 @@ __all__ = [
     "TrainableTokens",
     "VeRA",
     "adapt",
+    "apply_many",
+    "apply_routed",
     "choose_format",
     "dequantize",
     "functionalize",
@@ -100,12 +108,18 @@ __all__ = [
     "loftq",
     "optim",
     "peft_init",
+    "plan_many",
+    "prepare_kbit",
     "quantization_report",
     "quantize",
+    "remat",
     "save_peft",
+    "select",
     "stack",
     "testing",
     "to",
+    "to_module",
+    "train",
     "unstack",
     "value_and_grad",
     "write_quantized",
