@@ -182,9 +182,16 @@ def apply_routed(
     order = torch.tensor(routes.order, device=index.device)
     groups = [select(stacked, list(m)) for m in routes.members]
     contexts = [_seeds(context, torch.tensor(m)) for m in routes.members]
-    out = call_folded(
-        net, params, groups, routes.layout, inputs.picked(order), contexts=contexts, places=plan.places, call=call
-    )
+    options: dict[str, Any] = {"contexts": contexts, "places": plan.places, "call": call}
+    acting = inputs.rows - routes.layout.rest
+    if any(e.method.wraps for e in net.entries) and 0 < acting < inputs.rows:  # a call with prompts and one without
+        layout = replace(routes.layout, rest=0)
+        first = call_folded(net, params, groups, layout, inputs.picked(order[:acting]), **options)
+        args_, kwargs_ = inputs.picked(order[acting:])
+        bare = net.model.call(call, params, *args_, **kwargs_)
+        out = joined([first, bare], lambda ts: torch.cat(_evened(ts, _padding(net, inputs))))
+    else:
+        out = call_folded(net, params, groups, routes.layout, inputs.picked(order), **options)
     back = torch.argsort(order)
     put = lambda t, axis: t if axis is None else _reordered(t, axis, back, inputs.rows)  # noqa: E731
     return split_rows(out, plan.outs, inputs.rows, put, "apply_routed")

@@ -100,9 +100,6 @@ def _by_row(net: Net, groups: Sequence[Adapters], layout: Layout) -> Any:
         if not entry.method.wraps:
             rows.append(Adapter())
             continue
-        if layout.rest:
-            rule = "a row without an adapter cannot share a batch with rows that have one"
-            raise ValueError(errors.say(entry.method.label, rule, f"{layout.rest} such rows", "call the model for those rows"))
         parts: list[Any] = []
         for group, (_, count) in zip(groups, layout.groups, strict=True):
             made = torch.func.vmap(entry.method.call_leaves)(as_tuple(group)[i].leaves(""))

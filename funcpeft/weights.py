@@ -140,9 +140,9 @@ class Base:
         return self.kind.matrix(torch.empty(self.site.shape, device="meta")).shape
 
     @property
-    def tensor(self) -> Tensor | None:
-        """The stored weight, if it is a plain tensor."""
-        return self._expr if isinstance(self._expr, Tensor) else None
+    def stored(self) -> tuple[Tensor, Tensor | None] | None:
+        """The stored weight and bias, if they are plain tensors."""
+        return (self._expr, self._raw_bias) if isinstance(self._expr, Tensor) else None
 
     @property
     def quantized(self) -> Quantized | None:
@@ -219,6 +219,10 @@ class Base:
         made = Base(self.site, self._expr, self._raw_bias, precision=self.precision)
         made._pair = (self.weight if weight is None else weight, self.bias if bias is None else bias)
         return made
+
+    def unmade(self) -> Base:
+        """Returns the view of the layer with nothing made dense yet, for those who keep it."""
+        return Base(self.site, self._expr, self._raw_bias, self._occurrence, self.precision)
 
     def meet(self, x: Tensor) -> Tensor:
         """Meets ``x`` with this view's dense weight and bias: how a weight-space method applies what it merged."""

@@ -131,7 +131,22 @@ class ClaimsToAdd(Plain):
         return self.merge(leaves, base).meet(x)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FirstMembersLeaf(Plain):
+    def apply_stacked(self, leaves, base, x, context):
+        first = leaves["A"][:1].expand_as(leaves["A"])
+        return super().apply_stacked({**leaves, "A": first}, base, x, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedOtherwise(Plain):
+    def product(self, leaves, base, x):
+        return super().product(leaves, base, x) * 2
+
+
 CAUGHT = [
+    (FirstMembersLeaf, "many"),
+    (BatchedOtherwise, "many"),
     (ForgotScaling, "merge"),
     (MergedBiasTwice, "merge"),
     (TransposedUpdate, "merge"),

@@ -259,9 +259,9 @@ class LoRA(Additive):
         if not lean or (context.training and self.lora_dropout):
             return super().apply_stacked(leaves, base, x, context)
         a, b, scaling = leaves["A"], leaves["B"], leaves["scaling"]
-        stored, rows = base.tensor, x.reshape(len(a), -1, x.shape[-1])
-        if stored is not None and lowrank.fits(x, stored, a, b):
-            y = lowrank.low_rank(rows, base.kind.matrix(stored), base.bias, a, b, scaling)
+        stored, rows = base.stored, x.reshape(len(a), -1, x.shape[-1])
+        if stored is not None and lowrank.fits(x, stored[0], a, b):
+            y = lowrank.low_rank(rows, base.kind.matrix(stored[0]), stored[1], a, b, scaling)
         else:
             y = base(x).reshape(len(a), rows.shape[1], -1)
             hidden = torch.bmm(rows.to(a.dtype), a.mT) * scaling.to(b.dtype).view(-1, 1, 1)

@@ -12,7 +12,7 @@ from funcpeft.testing.format_laws import FORMAT_LAWS
 from funcpeft.testing.laws import LAWS
 
 #: Laws whose single case is slow; they get a fraction of the examples.
-_SLOW = {"compiled": 8, "round_trip": 2, "vmap": 2, "product": 4}
+_SLOW = {"compiled": 8, "round_trip": 2, "vmap": 2, "many": 3, "product": 4}
 
 
 def check_law(

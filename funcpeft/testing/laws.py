@@ -20,6 +20,7 @@ from funcpeft.adapt import adapt
 from funcpeft.context import Context
 from funcpeft.errors import NoMergedFormError
 from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.population import apply_many, apply_routed, plan_many
 from funcpeft.stacking import stack, unstack
 from funcpeft.testing.cases import Built, Case, close, distance, loss, outputs, same_bits
 from funcpeft.tree import Adapter, as_tuple, tree_map
@@ -173,6 +174,41 @@ def vmap(case: Case) -> None:
             )
 
 
+def many(case: Case) -> None:
+    """``apply_many`` and ``apply_routed`` equal a loop over members, by value and by gradient."""
+    b = case.built()
+    members = [b.adapter(i) for i in range(3)]
+    stacked, plan = stack(members), plan_many(b.net, b.params, stack(members), b.x, in_dims=None, **b.options())
+    assert plan.strategy == "fold", f"many: {plan}, at {case}"
+
+    def together(stacked: Adapter) -> tuple[Tensor, ...]:
+        return outputs(apply_many(b.net, b.params, stacked, b.x, in_dims=None, **b.options()))
+
+    got, alone = together(stacked), [b.out(m) for m in members]
+    for i, want in enumerate(alone):
+        _agree("many", case, tuple(g[i] for g in got), want, b.tolerance() * _size(want))
+    sums = lambda p: sum(loss(tuple(g[i] for g in together(stacked.replace(params=p)))) for i in range(3))  # noqa: E731
+    grads = torch.func.grad(sums)(stacked.params)
+    for i, member in enumerate(members):
+        for g, w in zip(pytree.tree_leaves(grads), pytree.tree_leaves(_grad(b, member)), strict=True):
+            allowed = b.tolerance() * 100 * (_size((w,)) + _size(alone[i]) ** 2)
+            assert close(g[i], w, allowed), f"many: a gradient differs by {distance(g[i], w):.3g}, at {case}"
+    _routed(case, b, stacked, alone, plan.outs)
+
+
+def _routed(case: Case, b: Built, stacked: Adapter, alone: list[tuple[Tensor, ...]], outs: Any) -> None:
+    rows = b.x.shape[0]
+    index = [(2, -1, 0, 2, 1)[i % 5] for i in range(rows)]
+    prompts = case.method.wraps and any(o.shape != w.shape for o, w in zip(alone[0], b.base_out(), strict=True))
+    index = [abs(i) for i in index] if prompts else index  # a row with a prompt has more positions than one without
+    got = outputs(apply_routed(b.net, b.params, stacked, index, b.x, **b.options()))
+    axis = next(iter(outs.values()), 0) or 0
+    for row, m in enumerate(index):
+        whole = b.base_out() if m < 0 else alone[m]
+        want = tuple(t.narrow(axis, row, 1) for t in whole)
+        _agree("many", case, tuple(t.narrow(axis, row, 1) for t in got), want, b.tolerance() * _size(want))
+
+
 def _size(tensors: tuple[Tensor, ...]) -> float:
     return 1 + max((float(t.detach().double().abs().max()) for t in tensors if t.numel()), default=0.0)
 
@@ -316,6 +352,7 @@ LAWS: dict[str, Law] = {
     "seed": seed,
     "stacking": stacking,
     "vmap": vmap,
+    "many": many,
     "grad": grad,
     "derivative": derivative,
     "compiled": compiled,
