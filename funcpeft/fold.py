@@ -144,10 +144,16 @@ class Folded:
             return meet(member(self.groups[0], 0), site, member(biases[0], 0), x, occurrence)
         axis = self.places.at.get(site.path, 0)
         require_rows(site.path, x, axis, self.layout)
-        if self.layout.single and axis == 0:  # what parts and join come to, in fewer operations
-            n = self.layout.groups[0][0]
-            y = _meet_group(self.groups[0], biases[0], site, x.reshape(n, x.shape[0] // n, *x.shape[1:]), 0, occurrence)
-            return y.reshape(x.shape[0], *y.shape[2:])
+        expr = self.groups[0]
+        if (
+            axis == 0
+            and isinstance(expr, Adapted)
+            and isinstance(expr.base, Tensor | Quantized)
+            and not isinstance(bias, Folded)
+        ):
+            groups = [(e.leaves, e.context.at(site.salt, occurrence)) for e in self.groups]
+            base = Base(site, expr.base, bias, occurrence, leaves=expr.leaves)
+            return expr.method.apply_rows(groups, base, x, self.layout).to(output_dtype(expr, site, x))
         parts = self.layout.cut(x, axis)
         out = [_meet_group(e, b, site, p, axis, occurrence) for e, b, p in zip(self.groups, biases, parts, strict=False)]
         if self.layout.rest:
@@ -207,11 +213,6 @@ def member(expr: Any, index: int) -> Any:
 
 def _meet_group(expr: Any, bias: Any, site: Site, x: Tensor, axis: int, occurrence: int) -> Tensor:
     """Meets the rows of a group's members, the axis before their own being the members'."""
-    if axis == 0 and isinstance(expr, Adapted) and isinstance(expr.base, Tensor | Quantized) and not isinstance(bias, Stacked):
-        context = expr.context.at(site.salt, occurrence)
-        base = Base(site, expr.base, bias, occurrence, leaves=expr.leaves)
-        y = expr.method.apply_stacked(expr.leaves, base, x, context)
-        return y.to(output_dtype(expr, site, x))
     tensors, own = tuple(mapped(expr)), tuple(mapped(bias))
 
     def one(tensors: tuple[Tensor, ...], own: tuple[Tensor, ...], x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -145,8 +145,8 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "apply" in vars(cls) and "apply_stacked" not in vars(cls):  # the batched form is of the formula beside it
-            cls.apply_stacked = Method.apply_stacked
+        if "apply" in vars(cls) and "apply_rows" not in vars(cls):  # the batched form is of the formula beside it
+            cls.apply_rows = Method.apply_rows
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -177,42 +177,27 @@ class Method:
         """Computes the adapted layer's output; by default it meets the merged weight."""
         return self.merge(cast_leaves(leaves, base.precision), base).meet(x)
 
-    def apply_stacked(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        """Computes the adapted layer's output for several members at once: ``apply`` under ``vmap``.
+    def apply_rows(self, groups: Sequence[tuple[Leaves, Context]], base: Base, x: Tensor, layout: Any) -> Tensor:
+        """Computes the adapted layer's output for the rows of many members: ``apply`` under ``vmap``, group by group.
 
         A method may give the same formula in batched products instead, which takes a fraction of the time on small inputs;
         the law ``many`` compares the two.
 
         Args:
-            leaves: The leaves, with a leading axis of N members.
+            groups: ``(leaves, context)`` of each group, with a leading axis of its members on the leaves, and on the seed
+                if there is one per member.
             base: The layer, which all members share.
-            x: Inputs ``(N, rows, ...)``; output is ``(N, rows, ...)`` too.
-            context: A seed tensor ``(N,)`` is one per member.
+            x: Inputs ``(rows, ...)``, or with several entries per row on the first axis.
+            layout: Which rows are whose (``fold.Layout``).
         """
+        parts = layout.cut(x, 0)
+        outs = [self._mapped(leaves, base, p, context) for (leaves, context), p in zip(groups, parts, strict=False)]
+        return layout.joined([*outs, base(parts[-1])] if layout.rest else outs, 0)
+
+    def _mapped(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         several = isinstance(context.seed, Tensor) and context.seed.ndim
         one = lambda leaves, context, x: self.apply(leaves, base, x, context)  # noqa: E731
         return torch.func.vmap(one, in_dims=(0, 0 if several else None, 0))(leaves, context, x)
-
-    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
-        """Gives the gradients of trained leaves at one meeting with an input, in factors that keep examples apart.
-
-        Optional; exact where it is given, and pure. What it leaves out has no closed form here (``funcpeft.perexample``).
-
-        Args:
-            leaves: The leaves, as ``apply`` gets them.
-            base: The layer, as ``apply`` gets it.
-            x: The layer's input, examples first.
-            grad_out: The gradient of what ``apply`` returned for ``x``.
-            context: As ``apply`` gets it, so draws are the same.
-
-        Returns:
-            By leaf name, for the B examples and T positions in one or several axes:
-
-            - a pair ``(left (B, T, rows), right (B, T, cols))``: an example's gradient is ``left.T @ right`` of its own, in
-              the shape of the leaf; integer ``right (B, T)`` are ids that stand for one-hot rows;
-            - a tensor ``(B, T, n)`` whose sum over positions is the gradient of a vector leaf ``(n,)``.
-        """
-        return {}
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         """Returns the base with the effective weight and bias."""

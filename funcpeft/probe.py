@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from funcpeft import errors, rng
+from funcpeft import rng
 from funcpeft.adapt import Net
 from funcpeft.context import EVAL, Context
 from funcpeft.fold import FIRST, Folded, Layout, Places

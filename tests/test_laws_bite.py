@@ -133,9 +133,9 @@ class ClaimsToAdd(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstMembersLeaf(Plain):
-    def apply_stacked(self, leaves, base, x, context):
-        first = leaves["A"][:1].expand_as(leaves["A"])
-        return super().apply_stacked({**leaves, "A": first}, base, x, context)
+    def apply_rows(self, groups, base, x, layout):
+        same = [({**leaves, "A": leaves["A"][:1].expand_as(leaves["A"])}, context) for leaves, context in groups]
+        return super().apply_rows(same, base, x, layout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -253,20 +253,28 @@ class LoRA(Additive):
         dropped = x if base.takes_ids else context.dropout(x, self.lora_dropout)
         return base(x) + self.product(leaves, base, dropped)
 
-    def apply_stacked(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+    def apply_rows(self, groups: Sequence[tuple[Leaves, Context]], base: Base, x: Tensor, layout: Any) -> Tensor:
         """Sums the base's output and the members' updates by batched products."""
-        lean = base.kind.name in ("linear", "transposed") and "A0" not in leaves and "bias" not in leaves
+        first, context = groups[0]
+        lean = base.kind.name in ("linear", "transposed") and "A0" not in first and "bias" not in first
         if not lean or (context.training and self.lora_dropout):
-            return super().apply_stacked(leaves, base, x, context)
-        a, b, scaling = leaves["A"], leaves["B"], leaves["scaling"]
-        stored, rows = base.stored, x.reshape(len(a), -1, x.shape[-1])
-        if stored is not None and lowrank.fits(x, stored[0], a, b):
-            y = lowrank.low_rank(rows, base.kind.matrix(stored[0]), stored[1], a, b, scaling)
-        else:
-            y = base(x).reshape(len(a), rows.shape[1], -1)
-            hidden = torch.bmm(rows.to(a.dtype), a.mT) * scaling.to(b.dtype).view(-1, 1, 1)
-            y = torch.baddbmm(y, hidden, b.mT) if y.dtype == b.dtype else y + torch.bmm(hidden, b.mT)
-        return y.view(*x.shape[:-1], y.shape[-1])
+            return super().apply_rows(groups, base, x, layout)
+        updates = [(leaves["A"], leaves["B"], leaves["scaling"]) for leaves, _ in groups]
+        stored, rows = base.stored, x.reshape(-1, x.shape[-1])
+        per = len(rows) // layout.rows
+        sizes = tuple((n, count * per) for n, count in layout.groups)
+        if stored is not None and lowrank.fits(x, stored[0], first["A"], first["B"]):
+            y = lowrank.low_rank(rows, base.kind.matrix(stored[0]), stored[1], updates, sizes)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        y = base(x)
+        parts = layout.cut(y.reshape(-1, y.shape[-1]), 0)
+        for i, ((a, b, s), x_) in enumerate(zip(updates, layout.cut(rows, 0), strict=False)):
+            hidden = torch.bmm(x_.to(a.dtype), a.mT) * s.to(b.dtype).view(-1, 1, 1)
+            same = parts[i].dtype == b.dtype
+            parts[i] = torch.baddbmm(parts[i], hidden, b.mT) if same else parts[i] + torch.bmm(hidden, b.mT)
+        if layout.rest:
+            parts[-1] = parts[-1].to(parts[0].dtype)
+        return layout.joined(parts, 0).view(y.shape)
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return self._shift(leaves, base, 1)
