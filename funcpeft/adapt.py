@@ -25,6 +25,7 @@ from funcpeft.methods.full import Full
 from funcpeft.methods.trainabletokens import TrainableTokens
 from funcpeft.quant.format import Format
 from funcpeft.sitetable import net_table, shapes_of
+from funcpeft.stacking import members
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Adapted, Base, Quantized, Site, dense
 
@@ -161,15 +162,8 @@ class Net:
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
-    def attach(self, params: Params, adapter: Adapters, context: Context = EVAL, *, members: int | None = None) -> Params:
+    def attach(self, params: Params, adapter: Adapters, context: Context = EVAL) -> Params:
         """Returns params in which every adapted weight is an expression; what the model is called with.
-
-        Args:
-            params: The base's leaves.
-            adapter: What ``net.init`` made, or a tree of its form.
-            context: Training flag and seed of the call.
-            members: N, if the adapter is a stack of N. Its expressions are then those of a population, which only
-                ``funcpeft.population`` knows how to call.
 
         Raises:
             TypeError: If the adapter was not made for this net; the message names the paths that differ.
@@ -178,11 +172,22 @@ class Net:
         if not isinstance(context, Context):
             found, remedy = type(context).__name__, "pass Context(training=True, seed=step)"
             raise TypeError(errors.say("net", "context must be a Context", found, remedy))
+        return self._attached(params, self._matched(adapter), context, stacked=False)
+
+    def attach_stacked(self, params: Params, stacked: Adapters, context: Context = EVAL) -> Params:
+        """Returns what ``attach`` does for a stack that ``members`` has checked: expressions of a population.
+
+        Only ``funcpeft.population`` knows how to call the model with them.
+        """
+        self._check(params)
+        return self._attached(params, as_tuple(stacked), context, stacked=True)
+
+    def _attached(self, params: Params, given: Sequence[Adapter], context: Context, *, stacked: bool) -> Params:
         out = dict(params)
-        for position, (entry, one) in enumerate(zip(self.entries, self._matched(adapter, members), strict=True)):
+        for position, (entry, one) in enumerate(zip(self.entries, given, strict=True)):
             here = context.at(position)
             for path, site in entry.sites.items():
-                self._place(out, entry.method, site, entry.leaves(one, path), here, members is not None)
+                self._place(out, entry.method, site, entry.leaves(one, path), here, stacked)
         return out
 
     def _place(self, out: Params, method: Method, site: Site, leaves: Leaves, context: Context, stacked: bool) -> None:
@@ -219,12 +224,28 @@ class Net:
                         f"adapter for {entry.method.label}", "paths must be the net's sites", what, "make it with net.init"
                     )
                 )
-            _require_known(entry, one)
-            if members is None:
-                _require_shapes(entry.method.label, one, shapes)
-            else:
-                _require_shapes(entry.method.label, one, self._shapes_of(shapes, members), (members,))
+            expected = shapes if members is None else self._shapes_of(shapes, members)
+            if not _as_expected(one, expected):
+                _require_known(entry, one)
+                _require_shapes(entry.method.label, one, expected, members is not None)
         return given
+
+    def members(self, stacked: Adapters) -> int:
+        """Counts the members of a stack, and checks that it was made for this net.
+
+        Raises:
+            ValueError: If the leaves have no common leading axis.
+            TypeError: If the adapters were not made for this net.
+        """
+        first = next((t for one in as_tuple(stacked) for v in one.params.values() for t in v.values()), None)
+        n = first.shape[0] if first is not None and first.ndim else 0
+        usual = len(self._shapes) == len(as_tuple(stacked)) and n > 0
+        pairs = zip(as_tuple(stacked), self._shapes, strict=False)
+        if usual and all(_as_expected(one, self._shapes_of(shapes, n)) for one, shapes in pairs):
+            return n
+        n = members(stacked)
+        self._matched(stacked, n)
+        return n
 
     def _shapes_of(self, shapes: Expected, members: int) -> Expected:
         """Returns the shapes of a stack's leaves."""
@@ -420,8 +441,22 @@ def _expected(net: Net, entry: Entry) -> Expected:
     return {p: {n: (t.shape, axes.get(n)) for n, t in fresh.leaves(p).items()} for p in paths}
 
 
-def _require_shapes(label: str, adapter: Adapter, expected: Expected, lead: tuple[int, ...] = ()) -> None:
-    """Raises ``TypeError`` for the first leaf whose shape, after a member axis if there is one, would broadcast, not fit."""
+def _as_expected(adapter: Adapter, expected: Expected) -> bool:
+    """Whether leaves are exactly those that init makes: the usual case, in one pass."""
+    if not expected:
+        return False
+    params, consts = adapter.params, adapter.consts
+    for path, leaves in expected.items():
+        for tree in (params, consts):
+            for name, t in tree.get(path, {}).items():
+                want = leaves.get(name)
+                if want is None or t.shape != want[0]:
+                    return False
+    return True
+
+
+def _require_shapes(label: str, adapter: Adapter, expected: Expected, stacked: bool) -> None:
+    """Raises ``TypeError`` for the first leaf whose shape would broadcast rather than fit."""
     for path, leaves in expected.items():
         for tree in (adapter.params, adapter.consts):
             for name, t in tree.get(path, {}).items():
@@ -433,7 +468,7 @@ def _require_shapes(label: str, adapter: Adapter, expected: Expected, lead: tupl
                 remedy = "make it with net.init"
                 if t.shape[1:] == shape or (t.ndim == len(shape) + 1 and _fits(shape, t.shape[1:], want[1])):
                     remedy = "a stack goes through apply_many or torch.func.vmap, or take one of unstack(adapter)"
-                elif lead and (t.shape == shape[1:] or _fits(shape[1:], t.shape, want[1])):
+                elif stacked and (t.shape == shape[1:] or _fits(shape[1:], t.shape, want[1])):
                     remedy = "stack the adapters"
                 raise TypeError(errors.say(f"adapter at {path!r}", rule, found, remedy))
 

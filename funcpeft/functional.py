@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,8 @@ from funcpeft.skeleton import Skeleton, split, structure, tensors_of
 from funcpeft.weights import Adapted, Quantized, Site, dense, dense_pair
 
 Params = dict[str, Any]
+
+_EXPRESSIONS = (Adapted, Quantized, Folded)
 
 #: What a skeleton is made for: the keys whose leaves are expressions, and those of them that make a module a unit.
 Form = tuple[frozenset[str], frozenset[str]]
@@ -70,6 +72,7 @@ class Model:
         self.config = getattr(self._template, "config", None)
         self._sites = {s.weight: s for s in _sites(self)}
         self.remat = block_paths(self._template, remat)
+        self._met = frozenset(k for k, site in self._sites.items() if site.met)
         self._weight_of = {s.bias: s.weight for s in self._sites.values() if s.met and s.bias is not None}
         self.prepare(frozenset())
 
@@ -156,10 +159,12 @@ class Model:
         if form not in self._traced:
             self._traced[form] = self._make(form, traced=True)
 
-    def _units(self, keys: frozenset[str], folded: frozenset[str], read: Mapping[str, Any] | None = None) -> frozenset[str]:
+    def _units(self, keys: frozenset[str], folded: Iterable[str], read: Mapping[str, Any] | None = None) -> frozenset[str]:
         """Returns the keys of folded weights that no layer meets, or not only, so that what reads them runs whole."""
-        units = {k for k in folded if not self._sites[k].met and self._weight_of.get(k) not in keys}
-        return frozenset(units | {k for k in folded if read is not None and self._sites[k].met and read[k].read})
+        met, weight_of = self._met, self._weight_of
+        return frozenset(
+            [k for k in folded if (read is not None and read[k].read if k in met else weight_of.get(k) not in keys)]
+        )
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
@@ -192,13 +197,7 @@ class Model:
             found = type(params).__name__
             raise TypeError(errors.say(self.name, "params must be a dict of leaves", found, "take params from functionalize"))
         self.check(params)
-        expressions = frozenset(k for k, v in params.items() if not isinstance(v, Tensor))
-        for key in expressions:
-            if not isinstance(params[key], Adapted | Quantized | Folded):
-                rule, found = "a leaf must be a tensor or a weight expression", type(params[key]).__name__
-                raise TypeError(errors.say(f"params[{key!r}]", rule, found, "take params from functionalize"))
-        folded = frozenset(k for k in expressions if isinstance(params[k], Folded))
-        form = expressions, self._units(expressions, folded, params) if folded else folded
+        form = self._form(params)
         if torch.compiler.is_dynamo_compiling():
             # the graph does not run this object, but its guards read it: one that no eager call ever touches
             if form not in self._traced:
@@ -217,6 +216,21 @@ class Model:
         finally:
             skeleton.restore()
             pool.append(skeleton)
+
+    def _form(self, params: Params) -> Form:
+        """Returns what a skeleton must be made for to take these params."""
+        keys, folded = [], []
+        for key, leaf in params.items():
+            if isinstance(leaf, Tensor):
+                continue
+            if not isinstance(leaf, _EXPRESSIONS):
+                rule, found = "a leaf must be a tensor or a weight expression", type(leaf).__name__
+                raise TypeError(errors.say(f"params[{key!r}]", rule, found, "take params from functionalize"))
+            keys.append(key)
+            if isinstance(leaf, Folded):
+                folded.append(key)
+        expressions = frozenset(keys)
+        return expressions, self._units(expressions, folded, params) if folded else frozenset()
 
     def _run_traced(
         self, s: Skeleton, target: Callable[[Any], Any], params: Params, args: Any, kwargs: Any, stateful: bool

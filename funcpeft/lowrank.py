@@ -20,15 +20,14 @@ from torch.autograd import forward_ad
 Sizes = tuple[tuple[int, int], ...]
 
 
-def fits(*tensors: Tensor) -> bool:
+def fits(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether reverse mode alone is at work, in one dtype, without autocast or a trace: what this is written for."""
-    first = tensors[0]
     return (
-        all(t.dtype == first.dtype for t in tensors)
+        x.dtype == weight.dtype == a.dtype == b.dtype
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and getattr(forward_ad, "_current_level", 0) < 0
-        and not torch.is_autocast_enabled(first.device.type)
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
@@ -63,7 +62,7 @@ def _parts(t: Tensor, sizes: Sizes) -> Iterator[Tensor]:
     start = 0
     for n, rows in sizes:
         stop = start + n * rows
-        yield (t if stop - start == len(t) else t[start:stop]).view(n, rows, t.shape[-1])
+        yield (t if stop - start == t.shape[0] else t[start:stop]).view(n, rows, t.shape[-1])
         start = stop
 
 
@@ -107,7 +106,7 @@ class _LowRank(torch.autograd.Function):
                 (through * torch.bmm(x_, a.mT)).sum((1, 2)).to(s.dtype) if want[2] else None,
             ]
         if dx is not None and added:
-            done = sum(len(t) for t in added)
-            dx = dx + torch.cat([*added, dx.new_zeros(len(dx) - done, dx.shape[1])])
+            done = sum(t.shape[0] for t in added)
+            dx = dx + torch.cat([*added, dx.new_zeros(dx.shape[0] - done, dx.shape[1])])
         dw = grad.mT @ x if wants[2] else None
         return None, dx, dw, grad.sum(0) if wants[3] else None, *of_updates

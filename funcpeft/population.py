@@ -24,7 +24,7 @@ from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, inputs_of, joined, padded_stack, split_rows
 from funcpeft.probe import Plan, call_folded, call_vmapped, probe
-from funcpeft.stacking import members, select
+from funcpeft.stacking import select
 from funcpeft.tree import Adapters, as_tuple
 
 STRATEGIES = ("auto", "fold", "vmap", "loop")
@@ -423,7 +423,7 @@ def _reordered(t: Tensor, axis: int, back: Tensor, rows: int) -> Tensor:
 def _members(net: Net, stacked: Adapters) -> int:
     if not isinstance(net, Net):
         raise TypeError(errors.say("apply_many", "a Net is required first", type(net).__name__, "make it with adapt"))
-    return members(stacked)
+    return net.members(stacked)
 
 
 def _require_choice(strategy: str, call: str, known: tuple[str, ...] = STRATEGIES) -> None:

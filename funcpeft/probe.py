@@ -84,7 +84,7 @@ def call_folded(
     if not groups:
         rest = net.model(params, *args, **kwargs) if call == "forward" else net.model.call(call, params, *args, **kwargs)
         return rest
-    made = [net.attach(params, a, c, members=n) for a, c, (n, _) in zip(groups, contexts, layout.groups, strict=True)]
+    made = [net.attach_stacked(params, a, c) for a, c in zip(groups, contexts, strict=True)]
     attached = dict(made[0])
     for key in net.adapted_keys():
         base = params[key] if key in params else params[net.model.ties[key]]

@@ -89,13 +89,13 @@ def members(adapter: Adapters) -> int:
     Raises:
         ValueError: If the leaves have no common leading axis.
     """
-    sizes = {
-        t.shape[0] if t.ndim else 0
-        for a in as_tuple(adapter)
-        for tree in (a.params, a.consts)
-        for leaves in tree.values()
-        for t in leaves.values()
-    }
+    sizes: set[int] = set()
+    for a in as_tuple(adapter):
+        for tree in (a.params, a.consts):
+            for leaves in tree.values():
+                for t in leaves.values():
+                    shape = t.shape
+                    sizes.add(shape[0] if shape else 0)
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
             errors.say("unstack", "every leaf must have the same leading axis", f"sizes {sorted(sizes)}", "make it with stack")

@@ -251,7 +251,7 @@ ROWS = [
         "adapter at 'up': leaves must be.*'m'",
     ),
     (lambda: net()(params(), changed(lambda t: t[..., :1]), X), T, r"adapter at 'up': leaf '\w' of lora must have shape"),
-    (lambda: net()(params(), stack([adapter()] * 3), X), T, "a stack goes through torch.func.vmap"),
+    (lambda: net()(params(), stack([adapter()] * 3), X), T, "a stack goes through apply_many or torch.func.vmap"),
     (lambda: net()(params(), without("A"), X), T, r"adapter at 'up': leaf 'A' of lora must have shape .*got only \['B'"),
     (lambda: net()(params(), adapter(), X, context={}), T, "net: context must be a Context, got dict; pass Context"),
     (lambda: net(UP, Full(target_modules=["up"])), V, "full at 'up.weight': must not replace the weight that lora adapts"),

@@ -261,7 +261,7 @@ class LoRA(Additive):
             return super().apply_rows(groups, base, x, layout)
         updates = [(leaves["A"], leaves["B"], leaves["scaling"]) for leaves, _ in groups]
         stored, rows = base.stored, x.reshape(-1, x.shape[-1])
-        per = len(rows) // layout.rows
+        per = rows.shape[0] // layout.rows
         sizes = tuple((n, count * per) for n, count in layout.groups)
         if stored is not None and lowrank.fits(x, stored[0], first["A"], first["B"]):
             y = lowrank.low_rank(rows, base.kind.matrix(stored[0]), stored[1], updates, sizes)
