@@ -17,7 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from funcpeft import errors
-from funcpeft.adapt import Entry, Net
+from funcpeft.adapt import Net
+from funcpeft.entries import Entry
 from funcpeft.functional import Params
 from funcpeft.quant.format import Format
 from funcpeft.storage import Quantized

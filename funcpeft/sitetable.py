@@ -12,7 +12,8 @@ from funcpeft.storage import Quantized
 from funcpeft.tree import Adapter
 
 if TYPE_CHECKING:
-    from funcpeft.adapt import Entry, Net
+    from funcpeft.adapt import Net
+    from funcpeft.entries import Entry
 
 
 def net_table(net: Net, params: Mapping[str, Any] | None = None) -> str:

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from funcpeft import errors, methods
-from funcpeft.adapt import Entry, Net, adapt
+from funcpeft.adapt import Net, adapt
+from funcpeft.entries import Entry
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model, Params
 from funcpeft.method import Method
