@@ -43,7 +43,7 @@ class Tape:
         self.where, self.examples, self._trained, self._add = where, examples, trained or {}, add
         self.open = True
         self.root = torch.zeros((), requires_grad=add is not None)
-        self._inputs: list[tuple[Base, Method, Tensor, int]] = []
+        self._inputs: list[tuple[str, Method, Tensor, int]] = []
         self._meetings: dict[int, int] = {}
 
     def refuse(self, path: str, method: Method, why: str) -> NoClosedFormError:
@@ -53,7 +53,7 @@ class Tape:
 
     def met(self, method: Method, leaves: Leaves, base: Base, x: Tensor, y: Tensor, context: Context) -> Tensor:
         """Notes a meeting, and returns the output with a hook that makes factors of its gradient."""
-        self._inputs.append((base, method, x.detach(), _version(x)))
+        self._inputs.append((base.path, method, x.detach(), _version(x)))
         names = {name: id(t) for name, t in leaves.items() if id(t) in self._trained}
         add = self._add
         if add is None or not names or not torch.is_grad_enabled():
@@ -61,6 +61,7 @@ class Tape:
         for key in names.values():
             self._meetings[key] = self._meetings.get(key, 0) + 1
         held = [x.detach()]
+        base = base.unmade()  # what apply made dense is not kept until backward
         y = y if y.requires_grad else y + self.root  # so that backward comes here
 
         def hook(grad: Tensor) -> None:
@@ -80,9 +81,9 @@ class Tape:
             NoClosedFormError: If an input was overwritten after its layer had met it.
         """
         self.open = False
-        for base, method, x, version in self._inputs:
+        for path, method, x, version in self._inputs:
             if _version(x) != version:
-                raise self.refuse(base.path, method, "since the model overwrites the layer's input")
+                raise self.refuse(path, method, "since the model overwrites the layer's input")
 
     def release(self, first: Tape | None) -> None:
         """Lets go of the inputs, once it is sure that their first axis is that of the examples, or of them and positions.
@@ -94,12 +95,12 @@ class Tape:
         Raises:
             NoClosedFormError: If the first axis of an input is another one.
         """
-        for i, (base, method, x, _) in enumerate(self._inputs if first is not None else ()):
+        for i, (path, method, x, _) in enumerate(self._inputs if first is not None else ()):
             one = first._inputs[i][2] if first is not None and i < len(first._inputs) else x
             apart = x.shape[:1] == (self.examples * one.shape[0],) if one.ndim else False
             if not (apart and x.shape[1:] == one.shape[1:] and (one.shape[0] == 1 or _close(x[: one.shape[0]], one))):
                 found = f"of shape {tuple(x.shape)}, is not that of the {self.examples} examples"
-                raise self.refuse(base.path, method, f"since the first axis of its input, {found}")
+                raise self.refuse(path, method, f"since the first axis of its input, {found}")
         self._inputs = []
 
 

@@ -44,17 +44,23 @@ def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[t
     Returns:
         ``(rows, out)``.
     """
-    flat = [t for update in updates for t in update]
     if torch.is_grad_enabled():
-        return _LowRank.apply(sizes, x, weight, bias, *flat)
-    y = F.linear(x, weight, bias)
-    for (a, b, s), x_, y_ in zip(updates, _parts(x, sizes), _parts(y, sizes), strict=True):
-        hidden = torch.bmm(a, x_.mT).mT
-        if not s.stride(0):  # all members share it
-            y_.baddbmm_(hidden, b.mT, alpha=float(s[0]))
-        else:
-            y_.baddbmm_(hidden * s.to(b.dtype).view(-1, 1, 1), b.mT)
+        return _LowRank.apply(sizes, x, weight, bias, *(t for update in updates for t in update))
+    y, start, total = F.linear(x, weight, bias), 0, x.shape[0]
+    for (a, b, s), (n, rows) in zip(updates, sizes, strict=True):
+        stop = start + n * rows
+        x_, y_ = (x, y) if stop - start == total else (x[start:stop], y[start:stop])
+        hidden = torch.bmm(a, x_.view(n, rows, -1).mT)
+        if s.stride(0):
+            y_.view(n, rows, -1).baddbmm_(hidden.mul_(_wide(s, b)).mT, b.mT)
+        else:  # all members share it
+            y_.view(n, rows, -1).baddbmm_(hidden.mT, b.mT, alpha=float(s[0]))
+        start = stop
     return y
+
+
+def _wide(scaling: Tensor, b: Tensor) -> Tensor:
+    return scaling.to(b.dtype).view(-1, 1, 1)
 
 
 def _parts(t: Tensor, sizes: Sizes) -> Iterator[Tensor]:
@@ -67,14 +73,15 @@ def _parts(t: Tensor, sizes: Sizes) -> Iterator[Tensor]:
 
 
 class _LowRank(torch.autograd.Function):
+    """Intermediates have the rank before the rows, ``(N, r, rows)``: small products are up to four times faster so."""
+
     @staticmethod
     def forward(ctx: Any, sizes: Sizes, x: Tensor, weight: Tensor, bias: Any, *updates: Tensor) -> Tensor:
         y, scaled = F.linear(x, weight, bias), []
         for i, (x_, y_) in enumerate(zip(_parts(x, sizes), _parts(y, sizes), strict=True)):
             a, b, s = updates[3 * i : 3 * i + 3]
-            hidden = torch.bmm(a, x_.mT).mT.mul_(s.to(b.dtype).view(-1, 1, 1))
-            y_.baddbmm_(hidden, b.mT)
-            scaled.append(hidden)
+            scaled.append(torch.bmm(a, x_.mT).mul_(_wide(s, b)))
+            y_.baddbmm_(scaled[-1].mT, b.mT)
         ctx.sizes = sizes
         ctx.save_for_backward(x, weight, *updates, *scaled)
         return y
@@ -82,31 +89,29 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # the base class takes any number of gradients
         x, weight, *rest = ctx.saved_tensors
-        count, grad = 3 * len(ctx.sizes), grad.contiguous()
-        updates, again = rest[:count], torch.is_grad_enabled()
-        wants, of_updates = ctx.needs_input_grad, []
+        wants, grad, again = ctx.needs_input_grad, grad.contiguous(), torch.is_grad_enabled()
         dx = grad @ weight if wants[1] else None
-        starts = [*_parts(x, ctx.sizes)], [*_parts(grad, ctx.sizes)], [] if dx is None else [*_parts(dx, ctx.sizes)]
+        of_updates: list[Tensor | None] = []
         added: list[Tensor] = []
-        for i, (x_, g) in enumerate(zip(*starts[:2], strict=True)):
-            a, b, s = updates[3 * i : 3 * i + 3]
-            want = wants[4 + 3 * i : 7 + 3 * i]
-            wide = s.to(b.dtype).view(-1, 1, 1)
-            through = torch.bmm(g, b)
+        start = 0
+        for i, (x_, g) in enumerate(zip(_parts(x, ctx.sizes), _parts(grad, ctx.sizes), strict=True)):
+            a, b, s = rest[3 * i : 3 * i + 3]
+            wide, through, stop = _wide(s, b), torch.bmm(b.mT, g.mT), start + g.shape[0] * g.shape[1]
             into = through * wide
             # a second derivative sees the saved product as a constant, so it is made anew there
-            scaled = torch.bmm(x_, a.mT) * wide if again else rest[count + i]
+            scaled = torch.bmm(a, x_.mT) * wide if again else rest[3 * len(ctx.sizes) + i]
             if dx is not None and again:
-                added.append(torch.bmm(into, a).flatten(0, 1))
+                added.append(torch.bmm(into.mT, a).flatten(0, 1))
             elif dx is not None:
-                starts[2][i].baddbmm_(into, a)
+                dx[start:stop].view(*x_.shape).baddbmm_(into.mT, a)
+            want = wants[4 + 3 * i : 7 + 3 * i]
             of_updates += [
-                torch.bmm(into.mT, x_) if want[0] else None,
-                torch.bmm(g.mT, scaled) if want[1] else None,
-                (through * torch.bmm(x_, a.mT)).sum((1, 2)).to(s.dtype) if want[2] else None,
+                torch.bmm(into, x_) if want[0] else None,
+                torch.bmm(scaled, g).mT if want[1] else None,
+                (through * torch.bmm(a, x_.mT)).sum((1, 2)).to(s.dtype) if want[2] else None,
             ]
+            start = stop
         if dx is not None and added:
-            done = sum(t.shape[0] for t in added)
-            dx = dx + torch.cat([*added, dx.new_zeros(dx.shape[0] - done, dx.shape[1])])
+            dx = dx + torch.cat([*added, dx.new_zeros(dx.shape[0] - start, dx.shape[1])])
         dw = grad.mT @ x if wants[2] else None
         return None, dx, dw, grad.sum(0) if wants[3] else None, *of_updates

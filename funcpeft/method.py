@@ -211,6 +211,27 @@ class Method:
             errors.say(f"{self.label} at {base.path!r}", "merging does not invert", None, "keep the base params instead")
         )
 
+    def factors(self, leaves: Leaves, base: Base, x: Tensor, grad_out: Tensor, context: Context) -> dict[str, Factor]:
+        """Gives the gradients of trained leaves at one meeting with an input, in factors that keep examples apart.
+
+        Optional; exact where it is given, and pure. What it leaves out has no closed form here (``funcpeft.perexample``).
+
+        Args:
+            leaves: The leaves, as ``apply`` gets them.
+            base: The layer, as ``apply`` gets it.
+            x: The layer's input, examples first.
+            grad_out: The gradient of what ``apply`` returned for ``x``.
+            context: As ``apply`` gets it, so draws are the same.
+
+        Returns:
+            By leaf name, for the B examples and T positions in one or several axes:
+
+            - a pair ``(left (B, T, rows), right (B, T, cols))``: an example's gradient is ``left.T @ right`` of its own, in
+              the shape of the leaf; integer ``right (B, T)`` are ids that stand for one-hot rows;
+            - a tensor ``(B, T, n)`` whose sum over positions is the gradient of a vector leaf ``(n,)``.
+        """
+        return {}
+
     def scopes(self, sites: Mapping[str, Base]) -> Mapping[str, tuple[str, ...]]:
         """Says, by site, in which scopes its shared leaves live."""
         return {path: ("",) for path in sites}

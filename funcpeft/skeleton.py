@@ -42,9 +42,11 @@ class _Binding:
         self.expr, self.bias, self.met, self.pair = expr, bias, 0, None
 
     def meet(self, x: Tensor) -> Tensor:
-        count = self.met
+        count, expr = self.met, self.expr
         self.met = count + 1
-        return meet(self.expr, self.site, self.bias, x, count)
+        if type(expr) is Folded:
+            return expr.meet(self.site, self.bias, x, count)
+        return meet(expr, self.site, self.bias, x, count)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         if self.pair is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from funcpeft import errors
 from funcpeft.caches import is_cache
-from funcpeft.fold import Folded, Layout, mapped, require_rows, with_mapped
+from funcpeft.fold import Folded, Layout, mapped, refuse, with_mapped
 from funcpeft.weights import Adapted, dense, dense_pair
 
 #: Where a key's tensor is in a skeleton: the collection, and the index in it.
@@ -72,8 +72,8 @@ class Unit:
             raise ValueError(errors.say(f"fold at {self.path!r}", rule, None, remedy))
         place = first.places.at.get(self.path) or _guessed(leaves, layout)
         for leaf, axis in zip(leaves, place.args, strict=True):
-            if axis is not None:
-                require_rows(self.path, leaf, axis, layout)
+            if axis is not None and (leaf.ndim <= axis or leaf.shape[axis] % layout.rows):
+                refuse(self.path, leaf, axis, layout)
         cut = [[leaf] if axis is None else layout.cut(leaf, axis) for leaf, axis in zip(leaves, place.args, strict=True)]
         outs: list[list[Any]] = []
         spec_out: Any = None

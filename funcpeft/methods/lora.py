@@ -256,20 +256,21 @@ class LoRA(Additive):
     def apply_rows(self, groups: Sequence[tuple[Leaves, Context]], base: Base, x: Tensor, layout: Any) -> Tensor:
         """Sums the base's output and the members' updates by batched products."""
         first, context = groups[0]
-        lean = base.kind.name in ("linear", "transposed") and "A0" not in first and "bias" not in first
+        kind, a, b = base.site.kind, first["A"], first["B"]
+        lean = kind.name in ("linear", "transposed") and "A0" not in first and "bias" not in first
         if not lean or (context.training and self.lora_dropout):
             return super().apply_rows(groups, base, x, layout)
         updates = [(leaves["A"], leaves["B"], leaves["scaling"]) for leaves, _ in groups]
         stored, rows = base.stored, x.reshape(-1, x.shape[-1])
         per = rows.shape[0] // layout.rows
-        sizes = tuple((n, count * per) for n, count in layout.groups)
-        if stored is not None and lowrank.fits(x, stored[0], first["A"], first["B"]):
-            y = lowrank.low_rank(rows, base.kind.matrix(stored[0]), stored[1], updates, sizes)
+        sizes = layout.groups if per == 1 else tuple([(n, count * per) for n, count in layout.groups])
+        if stored is not None and lowrank.fits(x, stored[0], a, b):
+            y = lowrank.low_rank(rows, kind.matrix(stored[0]), stored[1], updates, sizes)
             return y.view(*x.shape[:-1], y.shape[-1])
         y = base(x)
         parts = layout.cut(y.reshape(-1, y.shape[-1]), 0)
         for i, ((a, b, s), x_) in enumerate(zip(updates, layout.cut(rows, 0), strict=False)):
-            hidden = torch.bmm(x_.to(a.dtype), a.mT) * s.to(b.dtype).view(-1, 1, 1)
+            hidden = (torch.bmm(a, x_.to(a.dtype).mT) * s.to(b.dtype).view(-1, 1, 1)).mT
             same = parts[i].dtype == b.dtype
             parts[i] = torch.baddbmm(parts[i], hidden, b.mT) if same else parts[i] + torch.bmm(hidden, b.mT)
         if layout.rest:
