@@ -8,7 +8,7 @@ one for all rows, and the updates are summed in place into the members' parts of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,27 +35,24 @@ def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[t
     """Computes the product for groups of members; twice differentiable.
 
     Args:
-        x: ``(rows, in)``.
+        x: ``(rows, in)``; or ``(N, rows, in)``, if there is one group and nothing after it.
         weight: ``(out, in)``.
         bias: ``(out,)`` or ``None``.
         updates: For each group A ``(N, r, in)``, B ``(N, out, r)`` and s ``(N,)``, the last of any floating dtype.
         sizes: The groups' members and rows of each.
 
     Returns:
-        ``(rows, out)``.
+        ``(rows, out)``, or ``(N, rows, out)``.
     """
     if torch.is_grad_enabled():
         return _LowRank.apply(sizes, x, weight, bias, *(t for update in updates for t in update))
-    y, start, total = F.linear(x, weight, bias), 0, x.shape[0]
-    for (a, b, s), (n, rows) in zip(updates, sizes, strict=True):
-        stop = start + n * rows
-        x_, y_ = (x, y) if stop - start == total else (x[start:stop], y[start:stop])
-        hidden = torch.bmm(a, x_.view(n, rows, -1).mT)
+    y = F.linear(x, weight, bias)
+    for (a, b, s), x_, y_ in zip(updates, _parts(x, sizes), _parts(y, sizes), strict=True):
+        hidden = torch.bmm(a, x_.mT)
         if s.stride(0):
-            y_.view(n, rows, -1).baddbmm_(hidden.mul_(_wide(s, b)).mT, b.mT)
+            y_.baddbmm_(hidden.mul_(_wide(s, b)).mT, b.mT)
         else:  # all members share it
-            y_.view(n, rows, -1).baddbmm_(hidden.mT, b.mT, alpha=float(s[0]))
-        start = stop
+            y_.baddbmm_(hidden.mT, b.mT, alpha=float(s[0]))
     return y
 
 
@@ -63,13 +60,16 @@ def _wide(scaling: Tensor, b: Tensor) -> Tensor:
     return scaling.to(b.dtype).view(-1, 1, 1)
 
 
-def _parts(t: Tensor, sizes: Sizes) -> Iterator[Tensor]:
-    """Yields each group's rows as ``(N, rows, features)``."""
+def _parts(t: Tensor, sizes: Sizes) -> Sequence[Tensor]:
+    """Returns each group's rows as ``(N, rows, features)``."""
+    if t.ndim == 3:
+        return (t,)
+    parts: list[Tensor] = []
     start = 0
     for n, rows in sizes:
-        stop = start + n * rows
-        yield (t if stop - start == t.shape[0] else t[start:stop]).view(n, rows, t.shape[-1])
-        start = stop
+        parts.append(t[start : start + n * rows].view(n, rows, t.shape[-1]))
+        start += n * rows
+    return parts
 
 
 class _LowRank(torch.autograd.Function):
@@ -91,27 +91,33 @@ class _LowRank(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         wants, grad, again = ctx.needs_input_grad, grad.contiguous(), torch.is_grad_enabled()
         dx = grad @ weight if wants[1] else None
+        parts = _parts(dx, ctx.sizes) if dx is not None and not again else ()
         of_updates: list[Tensor | None] = []
         added: list[Tensor] = []
-        start = 0
         for i, (x_, g) in enumerate(zip(_parts(x, ctx.sizes), _parts(grad, ctx.sizes), strict=True)):
             a, b, s = rest[3 * i : 3 * i + 3]
-            wide, through, stop = _wide(s, b), torch.bmm(b.mT, g.mT), start + g.shape[0] * g.shape[1]
+            wide, through = _wide(s, b), torch.bmm(b.mT, g.mT)
             into = through * wide
             # a second derivative sees the saved product as a constant, so it is made anew there
             scaled = torch.bmm(a, x_.mT) * wide if again else rest[3 * len(ctx.sizes) + i]
-            if dx is not None and again:
-                added.append(torch.bmm(into.mT, a).flatten(0, 1))
+            if parts:
+                parts[i].baddbmm_(into.mT, a)
             elif dx is not None:
-                dx[start:stop].view(*x_.shape).baddbmm_(into.mT, a)
+                added.append(torch.bmm(into.mT, a))
             want = wants[4 + 3 * i : 7 + 3 * i]
             of_updates += [
                 torch.bmm(into, x_) if want[0] else None,
                 torch.bmm(scaled, g).mT if want[1] else None,
                 (through * torch.bmm(a, x_.mT)).sum((1, 2)).to(s.dtype) if want[2] else None,
             ]
-            start = stop
         if dx is not None and added:
-            dx = dx + torch.cat([*added, dx.new_zeros(dx.shape[0] - start, dx.shape[1])])
-        dw = grad.mT @ x if wants[2] else None
-        return None, dx, dw, grad.sum(0) if wants[3] else None, *of_updates
+            dx = dx + _joined(added, dx)
+        dw = grad.flatten(0, -2).mT @ x.flatten(0, -2) if wants[2] else None
+        return None, dx, dw, grad.flatten(0, -2).sum(0) if wants[3] else None, *of_updates
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    if like.ndim == 3:
+        return parts[0]
+    flat = [p.flatten(0, 1) for p in parts]
+    return torch.cat([*flat, like.new_zeros(like.shape[0] - sum(p.shape[0] for p in flat), like.shape[1])])

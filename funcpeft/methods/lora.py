@@ -261,12 +261,12 @@ class LoRA(Additive):
         if not lean or (context.training and self.lora_dropout):
             return super().apply_rows(groups, base, x, layout)
         updates = [(leaves["A"], leaves["B"], leaves["scaling"]) for leaves, _ in groups]
-        stored, rows = base.stored, x.reshape(-1, x.shape[-1])
-        per = rows.shape[0] // layout.rows
-        sizes = layout.groups if per == 1 else tuple([(n, count * per) for n, count in layout.groups])
+        stored = base.stored
         if stored is not None and lowrank.fits(x, stored[0], a, b):
+            rows, sizes = self._rows(x, layout)
             y = lowrank.low_rank(rows, kind.matrix(stored[0]), stored[1], updates, sizes)
-            return y.view(*x.shape[:-1], y.shape[-1])
+            return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+        rows = x.reshape(-1, x.shape[-1])
         y = base(x)
         parts = layout.cut(y.reshape(-1, y.shape[-1]), 0)
         for i, ((a, b, s), x_) in enumerate(zip(updates, layout.cut(rows, 0), strict=False)):
@@ -276,6 +276,14 @@ class LoRA(Additive):
         if layout.rest:
             parts[-1] = parts[-1].to(parts[0].dtype)
         return layout.joined(parts, 0).view(y.shape)
+
+    def _rows(self, x: Tensor, layout: Any) -> tuple[Tensor, Any]:
+        """Returns inputs and group sizes as ``lowrank`` takes them."""
+        if layout.single:
+            n = layout.groups[0][0]
+            return x if x.ndim == 3 and x.shape[0] == n else x.reshape(n, -1, x.shape[-1]), layout.groups
+        rows = x.reshape(-1, x.shape[-1])
+        return rows, tuple([(n, count * (rows.shape[0] // layout.rows)) for n, count in layout.groups])
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return self._shift(leaves, base, 1)
