@@ -23,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import funcpeft
 from funcpeft import methods, quant
@@ -68,7 +69,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|typing|os|re|pathlib|transformers|numpy|hypothesis)\..*"),
     (r"py:class", r"(Tensor|nn\.Module|Any|Callable|Mapping|Sequence|Iterable|Self|optional|PathLike)"),
     (r"py:class", r"(Leaves|Params|Tree|Adapters|Hyper|Memory|Values|Law|Call)"),
-    (r"py:class", r"funcpeft\.adapt\.Entry"),
+    (r"py:class", r"funcpeft\.(entries\.Entry|fold\.Places)"),
     (r"py:class", r"funcpeft\.quant\.(lookup|minifloat)\.\w+"),  # families of formats
     (r"py:.*", r".*\._\w+"),
 ]
@@ -305,6 +306,59 @@ def draw_realised(path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+# -- how members share a batch --------------------------------------------------------------------------------------------
+
+#: A colour for each member of the picture (Okabe and Ito's).
+MEMBERS = ("#0072B2", "#E69F00", "#009E73")
+
+
+def draw_fold(path: Path) -> None:
+    """Draws how the rows of three members go through a model in one batch, and part only at an adapted site."""
+    with rc_context({"svg.hashsalt": "fold", "svg.fonttype": "path", "font.size": 10}):
+        figure = Figure(figsize=(9.6, 3.5), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlim=(-0.4, 17.0), ylim=(-1.4, 4.8), aspect="equal")
+        axes.axis("off")
+
+        def box(x: float, y: float, width: float, height: float, colour: str, text: str = "", ink: str = "black") -> None:
+            axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=1))
+            axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color=ink, linespacing=1.4)
+
+        def arrow(x: float, y: float, to_x: float, to_y: float) -> None:
+            style = {"arrowstyle": "->", "color": "#444444", "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", (to_x, to_y), (x, y), arrowprops=style)
+
+        def rows(x: float, gap: float) -> None:
+            for i, colour in enumerate(MEMBERS):
+                for j in range(2):
+                    box(x, 2.75 - gap * (i - 1) - (2 * i + j) * 0.5 + 0.5, 1.1, 0.5, colour)
+
+        rows(0, 0.35)
+        arrow(1.25, 2.0, 2.05, 2.0)
+        rows(2.2, 0)
+        arrow(3.45, 2.0, 4.05, 2.0)
+        box(4.2, 0.5, 2.7, 3, "#DDDDDD", "embedding,\nnorms, masks,\nattention:\n6 plain rows")
+        arrow(7.0, 2.0, 7.6, 2.0)
+        box(7.7, 3.2, 4.4, 1.3, "#DDDDDD", "$x\\,W^\\top$, all 6 rows at once")
+        for i, colour in enumerate(MEMBERS):
+            y = 1.95 - 0.95 * i
+            for j in range(2):
+                box(7.7, y - 0.4 * j, 0.75, 0.4, colour)
+            update = f"$s_{i + 1}\\,(x A_{i + 1}^\\top) B_{i + 1}^\\top$"
+            box(8.6, y - 0.4, 3.5, 0.8, colour, update, "black" if i == 1 else "white")
+        axes.text(9.9, 2.76, "+", ha="center", va="center", fontsize=14)
+        axes.add_patch(Rectangle((7.5, -0.55), 4.8, 5.2, fill=False, edgecolor="#444444", linestyle=(0, (4, 3))))
+        arrow(12.4, 2.0, 13.0, 2.0)
+        rows(13.15, 0)
+        arrow(14.4, 2.0, 15.2, 2.0)
+        rows(15.35, 0.35)
+        labels = {0.55: "3 members,\n2 rows each", 2.75: "one batch", 5.55: "the model's own code", 9.9: "an adapted site"}
+        labels |= {13.7: "one batch", 15.9: "(3, 2, ...)"}
+        for x, text in labels.items():
+            axes.text(x, -0.95, text, ha="center", va="center")
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def generate(app: Any) -> None:
     """Writes the generated parts and copies the notebooks, before Sphinx looks for sources."""
     out = DOCS / "generated"
@@ -319,6 +373,7 @@ def generate(app: Any) -> None:
     for name, make in pages.items():
         write(out / name, make())
     draw_realised(out / "realised.svg")
+    draw_fold(out / "fold.svg")
     (DOCS / "notebooks").mkdir(exist_ok=True)
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         shutil.copy2(notebook, DOCS / "notebooks" / notebook.name)

@@ -9,7 +9,7 @@ from funcpeft.adapt import Net, adapt, peft_init
 from funcpeft.context import Context
 from funcpeft.errors import CannotRequantizeError, CheckpointError, LostUpdateError, NoMatchError, NoMergedFormError
 from funcpeft.functional import Model
-from funcpeft.gradients import value_and_grad
+from funcpeft.gradients import accumulate, value_and_grad
 from funcpeft.interop.modules import functionalize
 from funcpeft.interop.options import choose_format
 from funcpeft.interop.peft import load_peft, save_peft
@@ -38,6 +38,7 @@ from funcpeft.methods import (
     TrainableTokens,
     VeRA,
 )
+from funcpeft.perexample import clipped_grads, per_example_grads, per_example_norms
 from funcpeft.population import PopulationWarning, apply_many, apply_routed, plan_many
 from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8, Ternary, TorchAONF4
 from funcpeft.quant.format import Format
@@ -97,10 +98,12 @@ __all__ = [
     "TorchAONF4",
     "TrainableTokens",
     "VeRA",
+    "accumulate",
     "adapt",
     "apply_many",
     "apply_routed",
     "choose_format",
+    "clipped_grads",
     "dequantize",
     "functionalize",
     "load_peft",
@@ -108,6 +111,8 @@ __all__ = [
     "loftq",
     "optim",
     "peft_init",
+    "per_example_grads",
+    "per_example_norms",
     "plan_many",
     "prepare_kbit",
     "quantization_report",

@@ -22,8 +22,8 @@ from funcpeft.adapt import Net
 from funcpeft.context import EVAL, Context
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
-from funcpeft.inputs import Inputs, inputs_of, joined, padded_stack, split_rows
-from funcpeft.probe import Plan, call_folded, call_vmapped, probe
+from funcpeft.inputs import Inputs, inputs_of, joined, out_names, padded_stack, split_rows
+from funcpeft.probe import UNPROBED, Plan, call_folded, call_vmapped, probe
 from funcpeft.stacking import select
 from funcpeft.tree import Adapters, as_tuple
 
@@ -189,6 +189,9 @@ def apply_routed(
         first = call_folded(net, params, groups, layout, inputs.picked(order[:acting]), **options)
         args_, kwargs_ = inputs.picked(order[acting:])
         bare = net.model.call(call, params, *args_, **kwargs_)
+        if out_names(first) != out_names(bare):
+            rule, remedy = "rows with an adapter and bare ones must return the same outputs", "call the model for bare rows"
+            raise ValueError(errors.say("apply_routed", rule, errors.listed(out_names(first)), remedy))
         out = joined([first, bare], lambda ts: torch.cat(_evened(ts, _padding(net, inputs))))
     else:
         out = call_folded(net, params, groups, routes.layout, inputs.picked(order), **options)
@@ -282,14 +285,14 @@ def _plan(
         return Plan(strategy)
     key = _key(net, params, inputs, n, call)
     if torch.compiler.is_compiling():
-        return net.plans.get(key) or Plan("fold")
+        return net.plans.get(key) or UNPROBED
     plan = net.plans.get(key)
     if plan is None:
         plan = net.plans[key] = probe(net, params, stacked, probed(), n, call)
         if plan.strategy != "fold" and strategy == "auto":
             remedy = f"pass strategy={plan.strategy!r} to say so"
             rule = f"members run by {plan.strategy}, which is slower than the fold"
-            warnings.warn(errors.say(f"apply_many of {net.model.name}", rule, plan.reason, remedy), PopulationWarning, 4)
+            warnings.warn(errors.say(f"apply_many of {net.model.name}", rule, plan.reason, remedy), PopulationWarning, 3)
     if strategy == "fold" and plan.strategy != "fold":
         raise ValueError(errors.say(f"apply_many of {net.model.name}", "the members must fold", plan.reason, "use 'auto'"))
     return plan

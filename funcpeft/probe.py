@@ -51,6 +51,13 @@ class Plan:
         return f"{self.strategy}: {self.reason}" if self.reason else f"{self.strategy}: rows are independent"
 
 
+#: What is taken where nothing was probed, as inside a trace.
+UNPROBED = Plan("fold")
+
+#: Stands for a tensor among the leaves of an output.
+_TENSOR = object()
+
+
 class Unfoldable(Exception):
     """The fold does not hold; the message says where."""
 
@@ -178,20 +185,20 @@ def _vmap_or_loop(net: Net, params: Params, two: Any, both: Inputs, call: str, w
 def call_vmapped(net: Net, params: Params, stacked: Adapters, inputs: Inputs, context: Context, call: str = "forward") -> Any:
     """Calls the whole model under ``vmap`` over members."""
     spec: Any = None
-    plain: list[Any] = []
+    rest: list[Any] = []
     seeded = isinstance(context.seed, Tensor) and bool(context.seed.ndim)
 
     def one(adapter: Adapters, context: Context, mapped: list[Any]) -> list[Tensor]:
-        nonlocal spec, plain
+        nonlocal spec, rest
         args, kwargs = inputs.with_mapped(mapped)
         out = net.call(call, params, adapter, *args, context=context, **kwargs)
         leaves, spec = pytree.tree_flatten(out)
-        plain = [None if isinstance(t, Tensor) else t for t in leaves]
+        rest = [_TENSOR if isinstance(t, Tensor) else t for t in leaves]
         return [t for t in leaves if isinstance(t, Tensor)]
 
     axes = [a for a in inputs.member_axes if a is not None]
     made = iter(torch.func.vmap(one, in_dims=(0, 0 if seeded else None, axes))(stacked, context, inputs.mapped))
-    return pytree.tree_unflatten([next(made) if p is None else p for p in plain], spec)
+    return pytree.tree_unflatten([next(made) if x is _TENSOR else x for x in rest], spec)
 
 
 class _Record:

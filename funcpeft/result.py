@@ -104,11 +104,12 @@ class Result:
                 x, y = steps[drawn].tolist(), values[drawn, i].tolist()
                 ending = {RUNNING: "", STOPPED: "|", DIVERGED: "x"}[int(self.status[i])]
                 axes.plot(x, y, color=shades[i], linewidth=2.5 if i == best else 1, label=f"member {i}")
-                axes.plot(x[-1:], y[-1:], color=shades[i], marker=ending, markersize=10)
+                axes.plot(x[-1:], y[-1:], color=shades[i], marker=ending, markersize=10, label="_")
             axes.set(title=title, xlabel="step")
             axes.spines[["top", "right"]].set_visible(False)
         if self.members <= 12:
-            figure.axes[0].legend(frameon=False, fontsize=8)
+            handles, names = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
         return figure
 
     def __repr__(self) -> str:

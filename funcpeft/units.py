@@ -41,6 +41,10 @@ class Place:
     looped: bool = False
 
 
+#: Stands for a tensor among the leaves of an output.
+_TENSOR = object()
+
+
 class Unit:
     """One module that runs whole; holds a call's folded weights by key, and where they belong."""
 
@@ -151,14 +155,14 @@ class Unit:
             left = iter(rows)
             leaves = [t if a is None else next(left) for t, a in zip(given, place.args, strict=True)]
             found, spec_out = pytree.tree_flatten(self._call(forward, spec, leaves, own, bound))
-            plain = [None if isinstance(t, Tensor) else t for t in found]
+            plain = [_TENSOR if isinstance(t, Tensor) else t for t in found]
             return [t for t in found if isinstance(t, Tensor)]
 
         made = iter(torch.func.vmap(one, in_dims=(0, 0, axes))(tensors, under, rows))
         outs: list[Any] = []
         for i, p in enumerate(plain):
             axis = place.outs[i] if i < len(place.outs) else 0
-            outs.append(next(made) if p is None else p)
+            outs.append(next(made) if p is _TENSOR else p)
             if isinstance(outs[-1], Tensor) and axis is not None:
                 outs[-1] = outs[-1].movedim(0, axis)
         return outs, spec_out
