@@ -1,7 +1,8 @@
 """Blocks: modules of a skeleton whose intermediates are recomputed in the backward pass.
 
 A block's ``forward`` becomes a pure function of everything bound below it (tensors, expressions with their leaves, context
-and layout) and of its inputs, which ``remat`` can call a second time, on a skeleton of its own. Imports remat, caches, errors.
+and layout) and of its inputs, which ``remat`` can call a second time, on a skeleton of its own. Imports remat, caches, slots,
+errors.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from funcpeft import errors
 from funcpeft.caches import is_cache
 from funcpeft.remat import remat
+from funcpeft.slots import held, put
 
 #: What lends a skeleton of the same form for one run: the part of it that belongs to a block.
 Lend = Callable[[str], AbstractContextManager["Block"]]
@@ -32,12 +34,12 @@ class Block:
         self.path, self.module, self.slots = path, module, tuple(slots)
         self.bindings, self.units, self.lend = tuple(bindings), tuple(units), lend
         self.forward = functools.partial(type(module).forward, module)
-        self.first = [_get(holder, index) for holder, index in self.slots]
+        self.first = [held(holder, index) for holder, index in self.slots]
 
     def bound(self) -> dict[str, Any]:
         """Returns everything that a call has bound here, as a tree."""
         return {
-            "slots": [_get(holder, index) for holder, index in self.slots],
+            "slots": [held(holder, index) for holder, index in self.slots],
             "weights": [(b.expr, b.bias) for b in self.bindings],
             "units": [u.weights for u in self.units],
         }
@@ -45,7 +47,7 @@ class Block:
     def bind(self, bound: Mapping[str, Any], counts: Sequence[int]) -> None:
         """Takes what another skeleton's block had bound."""
         for (holder, index), value in zip(self.slots, bound["slots"], strict=True):
-            _set(holder, index, value)
+            put(holder, index, value)
         for b, (expr, bias), count in zip(self.bindings, bound["weights"], counts, strict=True):
             b.bind(expr, bias)
             b.met = count
@@ -55,7 +57,7 @@ class Block:
     def let_go(self) -> None:
         """Puts back what was here before ``bind``."""
         for (holder, index), value in zip(self.slots, self.first, strict=True):
-            _set(holder, index, value)
+            put(holder, index, value)
         for b in self.bindings:
             b.bind(None, None)
         for u in self.units:
@@ -64,8 +66,8 @@ class Block:
     def run(self, args: Any, kwargs: Any) -> Any:
         """Calls the block so that its intermediates are not kept."""
         caches = {k: v for k, v in kwargs.items() if is_cache(v)}
-        held = any(_filled(c) for c in caches.values()) or any(is_cache(a) for a in args)
-        if held or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        filled = any(_filled(c) for c in caches.values()) or any(is_cache(a) for a in args)
+        if filled or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.forward(*args, **kwargs)
         counts = tuple(b.met for b in self.bindings)
         kwargs = {k: None if k in caches else v for k, v in kwargs.items()}  # a second run would fill a cache twice
@@ -95,17 +97,6 @@ class _Run:
 
 def _filled(cache: Any) -> bool:
     return bool(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else True
-
-
-def _get(holder: Any, index: Any) -> Any:
-    return getattr(holder, index) if isinstance(index, str) and not isinstance(holder, dict) else holder[index]
-
-
-def _set(holder: Any, index: Any, value: Any) -> None:
-    if isinstance(index, str) and not isinstance(holder, dict):
-        setattr(holder, index, value)
-    else:
-        holder[index] = value
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[t
     y = F.linear(x, weight, bias)
     for (a, b, s), x_, y_ in zip(updates, _parts(x, sizes), _parts(y, sizes), strict=True):
         hidden = torch.bmm(a, x_.mT)
-        if s.stride(0):
+        if s.stride(0) or s.device.type != "cpu":  # elsewhere reading a number waits for the device
             y_.baddbmm_(hidden.mul_(_wide(s, b)).mT, b.mT)
         else:  # all members share it
             y_.baddbmm_(hidden.mT, b.mT, alpha=float(s[0]))

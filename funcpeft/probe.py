@@ -151,22 +151,24 @@ def probe(net: Net, params: Params, stacked: Adapters, inputs: Inputs, members: 
 
 def _checked(net: Net, params: Params, two: Any, both: Inputs, b: int, call: str, places: Places, outs: Any, want: Any) -> Plan:
     """Calls two members folded, and compares the second's rows with its own call; modules that do not vmap are looped."""
-    looped = {path: replace(p, looped=True) if isinstance(p, Place) else p for path, p in places.at.items()}
-    layout, tries = Layout(((2, b),)), [places]
-    if any(isinstance(p, Place) for p in places.at.values()):
-        tries.append(Places(looped, places.read))
-    for i, where in enumerate(tries):
-        try:
-            got = call_folded(net, params, [two], layout, both.folded(2), contexts=[EVAL], places=where, call=call)
-            break
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            if i == len(tries) - 1:
-                raise
+    layout = Layout(((2, b),))
+
+    def folded(where: Places) -> Any:
+        return call_folded(net, params, [two], layout, both.folded(2), contexts=[EVAL], places=where, call=call)
+
+    try:
+        got = folded(places)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        if not any(isinstance(p, Place) for p in places.at.values()):
+            raise
+        looped = {path: replace(p, looped=True) if isinstance(p, Place) else p for path, p in places.at.items()}
+        places = Places(looped, places.read)
+        got = folded(places)
     second = lambda t, axis: t if axis is None else layout.cut(t, axis)[0].select(axis, 1)  # noqa: E731
     halves = pytree.tree_leaves(split_rows(got, outs, layout.rows, second, "probe"))
     if (leaf := _difference(halves, want)) is not None:
         raise Unfoldable(f"rows act on each other: {leaf}")
-    return Plan("fold", "", where, outs)
+    return Plan("fold", "", places, outs)
 
 
 def _vmap_or_loop(net: Net, params: Params, two: Any, both: Inputs, call: str, want: Any, reason: str) -> Plan:
@@ -262,8 +264,8 @@ def _out_axes(one: Any, twice: Any, rows: int) -> OutAxes:
     for (path, t), (_, u) in zip(a, b, strict=True):
         if not isinstance(t, Tensor) or not isinstance(u, Tensor):
             continue
-        shapes = [tuple(x.shape[:1]) if _ids(x) else tuple(x.shape) for x in (t, u)]  # generated ids end where they end
-        axis = _axis(f"output {pytree.keystr(path)}", *shapes, rows)
+        shape, twice_ = (tuple(x.shape[:1]) if _ids(x) else tuple(x.shape) for x in (t, u))  # ids end where they end
+        axis = _axis(f"output {pytree.keystr(path)}", shape, twice_, rows)
         if axis is None and t.is_floating_point():  # a number that all rows share, such as the width of a window, is none
             raise Unfoldable(f"output {pytree.keystr(path)} carries no rows: shape {tuple(t.shape)}; take losses from logits")
         if axis != 0 and not (axis is None and not t.ndim):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from funcpeft import errors, layers
 from funcpeft.blocks import Block, inside, make_block
 from funcpeft.fold import Folded
+from funcpeft.slots import held, put
 from funcpeft.units import Unit, make_unit
 from funcpeft.weights import Site, dense_pair, meet
 
@@ -221,20 +222,6 @@ def _holders(root: Any, seen: dict[int, Any]) -> Iterator[tuple[Any, Any]]:
             stack.append((vars(item), item))
 
 
-_INDEXED = (dict, list, deque)  # a tuple, which a tracer follows
-
-
-def _put(holder: Any, index: Any, value: Any) -> None:
-    if isinstance(holder, _INDEXED):
-        holder[index] = value
-    else:
-        setattr(holder, index, value)
-
-
-def _at(holder: Any, index: Any) -> Any:
-    return holder[index] if isinstance(holder, _INDEXED) else getattr(holder, index)
-
-
 class _Record:
     """The content of every collection of a module, by which what a forward wrote is found and put back."""
 
@@ -280,7 +267,7 @@ class Skeleton:
         self,
         template: nn.Module,
         sites: Iterable[tuple[str, str, Site]],
-        held: Mapping[str, str],
+        ties: Mapping[str, str],
         traced: bool,
         read: Iterable[Site] = (),
         blocks: Sequence[str] = (),
@@ -301,7 +288,7 @@ class Skeleton:
             pass
         seen |= {id(m): m for m in modules.values()}
         for prefix, m in modules.items():
-            self._own_slots(f"{prefix}." if prefix else "", m, seen, held)
+            self._own_slots(f"{prefix}." if prefix else "", m, seen, ties)
         holders = [h for m in modules.values() for h in _holders(m, seen)]
         for h, owner in holders:
             self._other_slots(h, owner)
@@ -318,12 +305,12 @@ class Skeleton:
         self.record = _Record([*(h for h, _ in holders), *own])
         usual = vars(nn.Module())
         self.first = [(h, index, h[index]) for h, index, _ in self.slots]
-        self.first_echoes = [(h, index, _at(h, index)) for h, index, *_ in (*self.echoes, *self.tuples)]
+        self.first_echoes = [(h, index, held(h, index)) for h, index, *_ in (*self.echoes, *self.tuples)]
         self.scalars = [
             (m, n, v) for m in modules.values() for n, v in m.__dict__.items() if type(v) in _SCALARS and n not in usual
         ]
 
-    def _own_slots(self, dot: str, m: nn.Module, seen: dict[int, Any], held: Mapping[str, str]) -> None:
+    def _own_slots(self, dot: str, m: nn.Module, seen: dict[int, Any], ties: Mapping[str, str]) -> None:
         rescales = isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
         for d in (m._parameters, m._buffers):
             if id(d) in seen:  # a module under two names has the slots of its first
@@ -334,7 +321,7 @@ class Skeleton:
                     self._names.setdefault(id(t), dot + name)
                     self.slots.append((d, name, dot + name))
                     if d is m._buffers or rescales:
-                        self.copied.add(held.get(dot + name, dot + name))
+                        self.copied.add(ties.get(dot + name, dot + name))
 
     def _other_slots(self, holder: Any, owner: Any) -> None:
         if isinstance(holder, set | tuple | frozenset):
@@ -403,16 +390,16 @@ class Skeleton:
 
     def taken(self) -> list[Any]:
         """Returns what is in the slots, for ``restore_traced``."""
-        return [_at(holder, index) for holder, index, *_ in (*self.slots, *self.echoes, *self.tuples, *self.hollow)]
+        return [held(holder, index) for holder, index, *_ in (*self.slots, *self.echoes, *self.tuples, *self.hollow)]
 
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Puts a call's tensors in the slots."""
         for holder, index, key in self.slots:
             holder[index] = values[key]
         for holder, index, key in self.echoes:
-            _put(holder, index, values[key])
+            put(holder, index, values[key])
         for holder, index, keyed, spec in self.tuples:
-            _put(holder, index, pytree.tree_unflatten([t if key is None else values[key] for key, t in keyed], spec))
+            put(holder, index, pytree.tree_unflatten([t if key is None else values[key] for key, t in keyed], spec))
         for own, name, b, which in self.hollow:  # for who lists parameters: right in dtype, device and shape, and NaN
             like: Any = b.bias if which else b.expr
             own[name] = torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(like.shape)
@@ -422,7 +409,7 @@ class Skeleton:
         for holder, index, old in self.first:
             holder[index] = old
         for holder, index, old in self.first_echoes:
-            _put(holder, index, old)
+            put(holder, index, old)
         self.record.restore()
         self._let_go()
 
@@ -435,7 +422,7 @@ class Skeleton:
     def restore_traced(self, taken: list[Any]) -> None:
         """Does what ``restore`` does in the way that a tracer follows; it meets scalar attributes, not collections."""
         for (holder, index, *_), old in zip((*self.slots, *self.echoes, *self.tuples, *self.hollow), taken, strict=True):
-            _put(holder, index, old)
+            put(holder, index, old)
         self._let_go()
         for m, name, old in self.scalars:
             if getattr(m, name, None) is not old:

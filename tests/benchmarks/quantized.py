@@ -11,36 +11,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import warnings
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
-from overhead import medians
+from measure import Call, Figures, medians, memory_table, quiet, time_and_peak
+from measure import peak_bytes as peak_bytes
 from rich.console import Console
 from rich.table import Table
 
 import funcpeft as fp
 from funcpeft.quant.lookup import Lookup
-
-warnings.filterwarnings("ignore")
-
-Call = Callable[[], Any]
-
-
-def peak_bytes(call: Call) -> int:
-    """Returns the most bytes that were allocated at once during a call, over what was before it."""
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
 
 # -- decoding --------------------------------------------------------------------------------------------------------------
 
@@ -187,28 +168,19 @@ def steps(hidden: int, layers: int, batch: int, tokens: int) -> tuple[dict[str, 
     return calls, {"bare base, forward": base}
 
 
-def step_table(shapes: list[tuple[int, int, int, int]], rounds: int) -> Table:
-    """Compares one QLoRA step at several shapes."""
-    table = Table(
-        "hidden, layers, batch, tokens",
-        "",
-        "ms",
-        "/ peft",
-        "peak MiB",
-        "/ peft",
-        title="one QLoRA step, NF4, LoRA r=8 on all linears",
-    )
+def step_figures(shapes: list[tuple[int, int, int, int]], rounds: int) -> list[Figures]:
+    """Measures one QLoRA step at several shapes, every way over peft's."""
+    figures: list[Figures] = []
     for shape in shapes:
         calls, bare = steps(*shape)
-        ms = medians({**calls, **bare}, rounds)
-        peaks = {name: peak_bytes(call) for name, call in {**calls, **bare}.items()}
-        first = next(iter(calls))
-        for i, name in enumerate(ms):
-            where = ", ".join(map(str, shape)) if i == 0 else ""
-            memory = f"{peaks[name] / 2**20:.1f}", f"{peaks[name] / peaks[first]:.2f}"
-            table.add_row(where, name, f"{ms[name]:.0f}", f"{ms[name] / ms[first]:.2f}", *memory)
-        table.add_section()
-    return table
+        where = dict(zip(("hidden", "layers", "batch", "tokens"), shape, strict=True))
+        figures.append({"shape": where, "ways": time_and_peak({**calls, **bare}, rounds)})
+    return figures
+
+
+def step_table(figures: list[Figures]) -> Table:
+    """Compares one QLoRA step at several shapes."""
+    return memory_table(figures, "one QLoRA step, NF4, LoRA r=8 on all linears")
 
 
 def main() -> None:
@@ -218,9 +190,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the smallest shape only")
     given = parser.parse_args()
     console = Console(width=120)
-    console.print(decode_table(3 * given.rounds))
     shapes = [(256, 4, 1, 64), (512, 6, 2, 64), (1024, 4, 1, 256)]
-    console.print(step_table(shapes[:1] if given.quick else shapes, given.rounds))
+    with quiet():
+        console.print(decode_table(3 * given.rounds))
+        console.print(step_table(step_figures(shapes[:1] if given.quick else shapes, given.rounds)))
 
 
 if __name__ == "__main__":
