@@ -39,11 +39,12 @@ from funcpeft.methods import (
     VeRA,
 )
 from funcpeft.perexample import clipped_grads, per_example_grads, per_example_norms
-from funcpeft.population import PopulationWarning, apply_many, apply_routed, plan_many
+from funcpeft.population import PopulationWarning, apply_many, plan_many
 from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebook, Dense, Int8, Ternary, TorchAONF4
 from funcpeft.quant.format import Format
 from funcpeft.quantization import QuantizationReport, dequantize, quantization_report, quantize, to
 from funcpeft.remat import remat
+from funcpeft.routing import apply_routed
 from funcpeft.stacking import select, stack, unstack
 from funcpeft.storage import Quantized
 from funcpeft.tree import Adapter

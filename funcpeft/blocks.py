@@ -35,6 +35,7 @@ class Block:
         self.bindings, self.units, self.lend = tuple(bindings), tuple(units), lend
         self.forward = functools.partial(type(module).forward, module)
         self.first = [held(holder, index) for holder, index in self.slots]
+        self.record: Any = None  # of the module's collections, by which what a run wrote is put back
 
     def bound(self) -> dict[str, Any]:
         """Returns everything that a call has bound here, as a tree."""
@@ -55,22 +56,21 @@ class Block:
             u.weights = weights
 
     def let_go(self) -> None:
-        """Puts back what was here before ``bind``."""
+        """Puts back what was here before ``bind``, and what the run wrote."""
         for (holder, index), value in zip(self.slots, self.first, strict=True):
             put(holder, index, value)
         for b in self.bindings:
             b.bind(None, None)
         for u in self.units:
             u.bind(None)
+        self.record.restore()
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Calls the block so that its intermediates are not kept."""
-        caches = {k: v for k, v in kwargs.items() if is_cache(v)}
-        filled = any(_filled(c) for c in caches.values()) or any(is_cache(a) for a in args)
-        if filled or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        cached = any(is_cache(a) for a in (*args, *kwargs.values()))  # which a second run would fill twice
+        if cached or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.forward(*args, **kwargs)
         counts = tuple(b.met for b in self.bindings)
-        kwargs = {k: None if k in caches else v for k, v in kwargs.items()}  # a second run would fill a cache twice
         out, met = remat(_Run(self.lend, self.path, counts))(self.bound(), args, kwargs)
         for b, count in zip(self.bindings, met, strict=True):
             b.met = count
@@ -93,10 +93,6 @@ class _Run:
                 return out, tuple(b.met for b in block.bindings)
             finally:
                 block.let_go()
-
-
-def _filled(cache: Any) -> bool:
-    return bool(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else True
 
 
 @functools.cache

@@ -127,14 +127,19 @@ def as_expected(adapter: Adapter, expected: Expected) -> bool:
     """Whether leaves are exactly those that init makes: the usual case, in one pass."""
     if not expected:
         return False
-    params, consts = adapter.params, adapter.consts
+    params, consts, found = adapter.params, adapter.consts, 0
     for path, leaves in expected.items():
         for tree in (params, consts):
-            for name, t in tree.get(path, {}).items():
+            here = tree.get(path)
+            if here is None:
+                continue
+            found += len(here)
+            for name, t in here.items():
                 want = leaves.get(name)
                 if want is None or t.shape != want[0]:
                     return False
-    return True
+    paths = params.keys() | consts.keys()
+    return found == sum(map(len, expected.values())) and paths <= expected.keys()
 
 
 def require_shapes(label: str, adapter: Adapter, expected: Expected, stacked: bool) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class Model:
         self.config = getattr(self._template, "config", None)
         self._sites = {s.weight: s for s in _sites(self)}
         self.remat = block_paths(self._template, remat)
+        self._caches = "use_cache" in inspect.signature(self._template.forward).parameters
         self._met = frozenset(k for k, site in self._sites.items() if site.met)
         self._weight_of = {s.bias: s.weight for s in self._sites.values() if s.met and s.bias is not None}
         self.prepare(frozenset())
@@ -97,6 +99,8 @@ class Model:
             TypeError: If ``params`` is not a dict, or a leaf is neither a tensor nor an expression.
             ValueError: If a leaf has another shape than the module's.
         """
+        if self.remat and torch.is_grad_enabled() and self._caches and "use_cache" not in kwargs:
+            kwargs = {**kwargs, "use_cache": False}  # a block that fills a cache cannot run a second time
         return self.run(_itself, params, args, kwargs)[0]
 
     def call(self, method: str, params: Params, /, *args: Any, **kwargs: Any) -> Any:

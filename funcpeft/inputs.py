@@ -1,7 +1,7 @@
 """Inputs of many members: where the member axis and the rows of each tensor are, and the batch that all of them make.
 
 ``in_dims`` says where the member axis of an input is, as in ``torch.func.vmap``; ``batch_dims`` where its rows are once the
-member axis is taken out. Both are a value for all, or a tree prefix of ``(args, kwargs)``. Imports errors.
+member axis is taken out. Both are a value for all, or a tree prefix of ``(args, kwargs)``. Imports caches, errors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from funcpeft import errors
+from funcpeft.caches import is_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Inputs:
         member_axes: Axis of the members by leaf; ``None`` for what all share.
         row_axes: Axis of the rows by leaf, counted without the member axis; ``None`` for what has none.
         rows: Rows of each member.
+        owned: Leaves of caches, which a forward fills in place, so that every call gets a copy.
     """
 
     leaves: tuple[Any, ...]
@@ -36,6 +38,12 @@ class Inputs:
     member_axes: tuple[int | None, ...]
     row_axes: tuple[int | None, ...]
     rows: int
+    owned: tuple[bool, ...]
+
+    @property
+    def mapped_axes(self) -> list[int]:
+        """The axis of the members of those leaves."""
+        return [a for a in self.member_axes if a is not None]
 
     @property
     def mapped(self) -> list[Tensor]:
@@ -44,7 +52,8 @@ class Inputs:
 
     def unflat(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         """Returns ``(args, kwargs)`` with other leaves."""
-        return pytree.tree_unflatten(list(leaves), self.spec)
+        own = [t.clone() if o and isinstance(t, Tensor) else t for t, o in zip(leaves, self.owned, strict=True)]
+        return pytree.tree_unflatten(own, self.spec)
 
     def with_mapped(self, mapped: Sequence[Any]) -> tuple[Any, Any]:
         """Returns ``(args, kwargs)`` of one member, given its part of every mapped leaf."""
@@ -139,7 +148,12 @@ def inputs_of(where: str, args: Any, kwargs: Any, in_dims: Any, batch_dims: Any,
     if len(counts) != 1:
         rule = "inputs must have rows, as many in each" if counts else "an input must have rows"
         raise ValueError(errors.say(where, rule, sizes or None, "give batch_dims, None for what has no rows"))
-    return Inputs(leaves, names, spec, tuple(member_axes), tuple(row_axes), counts.pop())
+    rows = counts.pop()
+    if not rows:
+        raise ValueError(errors.say(where, "inputs must have at least one row", sizes))
+    held = {id(t) for v in (*args, *kwargs.values()) if is_cache(v) for t in pytree.tree_leaves(v)}
+    owned = tuple(id(t) in held for t in leaves) if held else (False,) * len(leaves)
+    return Inputs(leaves, names, spec, tuple(member_axes), tuple(row_axes), rows, owned)
 
 
 def _axis(where: str, what: str, name: str, axis: Any, ndim: int) -> int | None:
@@ -203,15 +217,25 @@ def out_names(out: Any) -> list[str]:
 
 
 def joined(outs: Sequence[Any], put: Callable[[list[Tensor]], Tensor]) -> Any:
-    """Puts outputs of equal structure together, tensor by tensor; what is no tensor is the first one's."""
+    """Puts outputs of equal structure together, tensor by tensor; what is no tensor is the first one's.
+
+    Raises:
+        ValueError: If their structures differ.
+    """
     flat = [pytree.tree_flatten(o) for o in outs]
+    if len({len(leaves) for leaves, _ in flat}) > 1:
+        names = [out_names(o) for o in outs]
+        odd = sorted(set(max(names, key=len)) - set(min(names, key=len)))
+        rule, remedy = "all members and rows must return the same outputs", "call those that differ apart, or use_cache=False"
+        raise ValueError(errors.say("a population", rule, f"only some return {errors.listed(odd)}", remedy))
     several = zip(*(leaves for leaves, _ in flat), strict=True)
     return pytree.tree_unflatten([put(list(ts)) if isinstance(ts[0], Tensor) else ts[0] for ts in several], flat[0][1])
 
 
-def padded_stack(tensors: list[Tensor], value: Any) -> Tensor:
-    """Stacks tensors; token ids ``(rows, length)`` of unequal length are padded at the end first."""
-    if len({t.shape for t in tensors}) > 1 and all(t.ndim == 2 and not t.is_floating_point() for t in tensors):
-        longest = max(t.shape[1] for t in tensors)
-        tensors = [torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors]
-    return torch.stack(tensors)
+def evened(tensors: list[Tensor], axis: int, value: int) -> list[Tensor]:
+    """Pads token ids ``(..., rows, length)`` of unequal length at the end; ``axis`` is where rows are, -1 if never mind."""
+    longest = {t.shape[-1] if t.ndim else 0 for t in tensors}
+    ids = all(t.ndim in (2, 3) and not t.is_floating_point() for t in tensors)
+    if not ids or len(longest) == 1 or axis > 0:
+        return tensors
+    return [torch.nn.functional.pad(t, (0, max(longest) - t.shape[-1]), value=value) for t in tensors]

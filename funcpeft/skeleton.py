@@ -303,6 +303,9 @@ class Skeleton:
         self.blocks = {path: self._block(path, modules[path], lend) for path in blocks}
         own = [d for m in {id(m): m for m in modules.values()}.values() for d in (m._parameters, m._buffers)]
         self.record = _Record([*(h for h, _ in holders), *own])
+        for block in self.blocks.values():
+            inner = {id(d): d for m in block.module.modules() for d in (m._parameters, m._buffers)}
+            block.record = _Record([*(h for h, _ in _holders(block.module, {})), *inner.values()])
         usual = vars(nn.Module())
         self.first = [(h, index, h[index]) for h, index, _ in self.slots]
         self.first_echoes = [(h, index, held(h, index)) for h, index, *_ in (*self.echoes, *self.tuples)]

@@ -34,7 +34,8 @@ def functionalize(module: nn.Module, *, remat: bool | str | Sequence[str] = Fals
         remat: Whether each transformer block (``GradientCheckpointingLayer`` of transformers) keeps its inputs alone and is
             computed again in the backward pass: gradient checkpointing that works in ``torch.func`` too, where
             ``torch.compile`` does not decide. Or names, dotted suffixes or regular expressions of the modules to recompute.
-            A cache that the call did not bring filled stays empty then.
+            Where gradients are recorded, the model is called with ``use_cache=False`` unless the call says otherwise; a
+            block that gets a cache is not recomputed.
 
     Returns:
         ``(model, params)``: ``model(params, *args, **kwargs)`` returns exactly what the module's forward returns (up to the

@@ -20,7 +20,8 @@ from funcpeft.adapt import adapt
 from funcpeft.context import Context
 from funcpeft.errors import NoMergedFormError
 from funcpeft.interop.peft import load_peft, save_peft
-from funcpeft.population import apply_many, apply_routed, plan_many
+from funcpeft.population import apply_many, plan_many
+from funcpeft.routing import apply_routed
 from funcpeft.stacking import stack, unstack
 from funcpeft.testing.cases import Built, Case, close, distance, loss, outputs, same_bits
 from funcpeft.tree import Adapter, as_tuple, tree_map
