@@ -261,7 +261,7 @@ class Net:
             return self.call_attached(name, self.attach(params, adapter, context), adapter, args, kwargs)
         except (KeyError, RuntimeError) as e:
             if not torch.compiler.is_compiling():
-                self._explain(adapter, e)
+                self.explain(adapter, e)
             raise
 
     def call_attached(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any) -> Any:
@@ -283,7 +283,7 @@ class Net:
                 call = entry.method.wrap(one.leaves(""), call, name, facts)  # type: ignore[attr-defined]
         return call(**kwargs)
 
-    def _explain(self, adapter: Adapters, error: Exception) -> None:
+    def explain(self, adapter: Adapters, error: Exception) -> None:
         """Raises a ``TypeError`` that names the leaf, if the adapter's leaves are not those that init makes here."""
         for entry, one in zip(self.entries, as_tuple(adapter), strict=True):
             try:
@@ -344,7 +344,7 @@ class Net:
         try:
             merged, report = merge_params(params, attached, how)
         except (KeyError, RuntimeError) as e:
-            self._explain(adapter, e)
+            self.explain(adapter, e)
             raise
         self.model.prepare(frozenset(k for k, v in merged.items() if isinstance(v, Quantized)))
         return merged if dtype is None else self._in_dtype(merged, dtype), report

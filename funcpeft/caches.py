@@ -20,9 +20,13 @@ def register_caches() -> None:
         _CacheNode.register()
 
 
+#: transformers' cache classes, once they are registered.
+_kinds: tuple[type, ...] = ()
+
+
 def is_cache(value: Any) -> bool:
     """Whether a value is a cache of transformers, which a forward fills in place."""
-    return any(c.__module__ == "transformers.cache_utils" for c in type(value).__mro__)
+    return isinstance(value, _kinds)
 
 
 class _Static:
@@ -48,8 +52,10 @@ class _CacheNode:
     def register(cls) -> None:
         if cls.done:
             return
-        from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
+        from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
+        global _kinds
+        _kinds = (Cache, EncoderDecoderCache)
         for node, flatten, unflatten, keyed in (
             (DynamicCache, cls.flatten, cls.unflatten, cls.keyed),
             (StaticCache, cls.flatten, cls.unflatten, cls.keyed),

@@ -244,8 +244,8 @@ def short(call: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Returns the keywords of a probe: for ``generate`` those of a short greedy run."""
     if call != "generate":
         return kwargs
-    left = {k: v for k, v in kwargs.items() if k not in ("max_length", "min_length", "min_new_tokens")}
-    return {**left, "max_new_tokens": 2, "do_sample": False}
+    left = {k: v for k, v in kwargs.items() if k not in ("max_length", "min_length")}
+    return {**left, "min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False}
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ adapt, fold, stacking.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,7 +98,18 @@ def call_folded(
         base = params[key] if key in params else params[net.model.ties[key]]
         read = net.model.site(key).path in places.read
         attached[key] = Folded(tuple(m[key] for m in made), base, layout, places, observe, read)
-    return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs)
+    try:
+        return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs)
+    except KeyError as e:
+        if not torch.compiler.is_compiling():
+            net.explain(_first(groups[0]), e)
+        raise
+
+
+def _first(stacked: Adapters) -> Any:
+    taken = lambda t: t[0]  # noqa: E731
+    ones = tuple(a.replace(params=tree_map(taken, a.params), consts=tree_map(taken, a.consts)) for a in as_tuple(stacked))
+    return ones if isinstance(stacked, tuple) else ones[0]
 
 
 def _by_row(net: Net, groups: Sequence[Adapters], layout: Layout) -> Any:
@@ -135,10 +147,14 @@ def probe(net: Net, params: Params, stacked: Adapters, inputs: Inputs, members: 
         if alone.read:  # again, so that the modules that read run as units and are seen
             alone = _Record(net, params, call)
             alone.run([one], Layout(((1, b),)), last.unflat(last.leaves), read)
+        pair = _joined(inputs.member(0), last)
+        for name, member, row in zip(inputs.names, inputs.member_axes, inputs.row_axes, strict=True):
+            if member is not None and row is None:
+                return _vmap_or_loop(net, params, two, pair, call, want, f"input {name} has members but no rows")
         plan = _judged(net, params, two, _joined(_shifted(last), last), b, call, alone, read, want)
         if plan.strategy == "fold" or not plan.reason.startswith(_CRASHED):
             return plan
-        return _judged(net, params, two, _joined(inputs.member(0), last), b, call, alone, read, want)
+        return _judged(net, params, two, pair, b, call, alone, read, want)
 
 
 #: How the reason begins where a call of the probe failed: inputs that were made up may have been to blame.
@@ -235,8 +251,9 @@ class _Record:
 
     def places(self, twice: _Record, rows: int) -> Places:
         """Finds, from a call with twice the rows, the axis of the rows at every site."""
-        if [p for p, *_ in self.seen] != [p for p, *_ in twice.seen]:
-            raise Unfoldable("other sites are met with more rows")
+        for (path, *_), (other, *_) in itertools.zip_longest(self.seen, twice.seen, fillvalue=("the end",)):
+            if path != other:
+                raise Unfoldable(f"sites are met by other rows: after as many meetings {path!r} is next, and {other!r}")
         at: dict[str, Any] = {}
         for (path, given, out), (_, given2, out2) in zip(self.seen, twice.seen, strict=True):
             axes = tuple(_axis(f"the input of {path!r}", a, b, rows) for a, b in zip(given, given2, strict=True))
@@ -341,7 +358,7 @@ def _shifted(inputs: Inputs) -> Inputs:
         if not isinstance(t, Tensor) or inputs.row_axes[salt] is None or not t.numel() or inputs.owned[salt]:
             return t
         if t.is_floating_point():
-            return t + (t.detach().abs().mean() + _NOISE) * _noise(t, salt)
+            return t + 4 * (t.detach().abs().mean() + _NOISE) * _noise(t, salt)
         return t if t.dtype == torch.bool else (t.roll(1, -1) + 1) % (t.max() + 1)
 
     return replace(inputs, leaves=tuple(shift(t, i) for i, t in enumerate(inputs.leaves)))

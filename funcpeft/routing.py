@@ -53,7 +53,7 @@ def apply_routed(
         stacked: What ``fp.stack`` made of N adapters; ranks may differ.
         index: ``(rows,)`` integers: row i uses member ``index[i]``, -1 is the bare base. Any order; members may come
             several times or not at all. Where its values cannot be read (inside ``torch.compile``) every row takes leaves of
-            its own, and its values are not checked.
+            its own, draws as the one row of its member, and is computed without them too; values are not checked there.
         args: The model's positional inputs.
         batch_dims: Axis of the rows: a value for all inputs, or a tree prefix of ``(args, kwargs)``.
         strategy: ``"fold"``, ``"loop"``, or ``"auto"``: the fold where it is right, else the loop, with a warning.

@@ -176,10 +176,18 @@ def test_a_cache_is_filled_and_read(name, grad):
     found = []
     with torch.set_grad_enabled(grad):
         for net in p.nets:
-            first = net(p.params, p.ads[0], input_ids=ids[:, :4])
+            first = net(p.params, p.ads[0], input_ids=ids[:, :4], use_cache=True)
             second = net(p.params, p.ads[0], input_ids=ids[:, 4:], past_key_values=copy.deepcopy(first.past_key_values))
-            found.append((first, second))
+            found.append((first.logits, second.logits))
     agree(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_no_cache_is_returned_where_gradients_are_recorded_unless_asked_for(name):
+    p, ids = both(name), zoo.ids(2, 6)
+    assert p.nets[1](p.params, p.ads[0], input_ids=ids).past_key_values is None
+    with torch.no_grad():
+        assert p.nets[1](p.params, p.ads[0], input_ids=ids).past_key_values.get_seq_length() == 6
 
 
 # -- which modules, and what a block may write -------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from funcpeft.methods import IA3, OFT, DoRA, Full, LoKr, LoRA, MiSS, PrefixTunin
 from funcpeft.quant import NF4, Codebook, Dense, Int8
 from funcpeft.quant.format import Format
 from funcpeft.quantization import quantize
-from funcpeft.stacking import stack, unstack
+from funcpeft.stacking import select, stack, unstack
 from funcpeft.tree import Adapter, tree_map
 from funcpeft.weights import dense
 
@@ -343,6 +343,8 @@ ROWS = [
     (lambda: adapter().replace(parms={}), T, r"Adapter.replace: fields are params, consts and rank_axes, got \['parms'\]"),
     (lambda: net()(params(), None, X), T, "adapter: an Adapter or a tuple of them is required, got NoneType"),
     # populations
+    (lambda: select(stack([adapter()] * 3), [0, 3]), V, r"select: positions must be in \[0, 3\), got \[3\]"),
+    (lambda: select(stack([adapter()] * 3), []), V, r"select: positions must be in \[0, 3\), got none"),
     (lambda: stack([]), V, "stack: a list of at least one adapter is required, got an empty list"),
     (lambda: stack([(adapter(),), (adapter(), adapter())]), T, r"stack: every member must have as many adapters, got \[1, 2\]"),
     (lambda: stack([adapter(), Adapter({"x": {}})]), T, "stack: every member must have the same paths and leaves"),

@@ -80,7 +80,7 @@ def test_gradients_and_seeds():
         agree(c(p.many.params, ids, seed), g(p.many.params, ids, seed))
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("llama-unit", marks=pytest.mark.slow), "llama-prompt"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("llama-unit", marks=pytest.mark.slow)])
 def test_routed(name):
     method, kw = CASES[name]
     p, ids = population(double("llama"), method), zoo.ids(4, 5)
@@ -88,27 +88,38 @@ def test_routed(name):
     def f(index, many, ids):
         return fp.apply_routed(p.net, p.params, many, index, input_ids=ids, **kw).logits
 
-    indices = [torch.tensor(i) for i in ([2, 0, 2, 1], [1, 1, 1, 0])]
-    if name != "llama-prompt":
-        indices += [torch.tensor([-1, 2, -1, 0]), torch.tensor([-1, -1, -1, -1])]
+    indices = [torch.tensor(i) for i in ([2, 0, 2, 1], [1, 1, 1, 0], [-1, 2, -1, 0], [-1, -1, -1, -1])]
     f(indices[0], p.many, ids)
     c = compiled(f)
     for index in indices:
         agree(c(index, p.many, ids), f(index, p.many, ids))
 
 
-def test_routed_dropout_draws_as_the_loop_does():
+def test_routed_prompts_are_refused_where_the_index_is_not_known():
+    method, kw = CASES["llama-prompt"]
+    p, ids = population(double("llama"), method), zoo.ids(2, 5)
+
+    def f(index, ids):
+        return fp.apply_routed(p.net, p.params, p.many, index, input_ids=ids, **kw).logits
+
+    f(torch.tensor([0, 1]), ids)
+    with pytest.raises(Exception, match="the values of index must be known"):
+        compiled(f)(torch.tensor([0, 1]), ids)
+
+
+def test_routed_dropout_draws_as_single_rows():
     p, x = (
         population(nn.Sequential(nn.Linear(6, 4)).double(), fp.LoRA(r=2, lora_dropout=0.5, target_modules=["0"])),
-        zoo.noise(5, 6),
+        zoo.noise(5, 6).double(),
     )
-    context, x, index = fp.Context(training=True, seed=torch.tensor([4, 5, 6])), x.double(), torch.tensor([2, 0, 2, -1, 0])
+    context, index = fp.Context(training=True, seed=torch.tensor([4, 5, 6])), torch.tensor([2, 0, 2, -1, 0])
 
     def f(index, x):
         return fp.apply_routed(p.net, p.params, p.many, index, x, context=context)
 
-    want = f(index, x)
-    agree(compiled(f)(index, x), want)
+    f(index, x)
+    want = [f(index[i : i + 1], x[i : i + 1]) for i in range(5)]
+    agree(compiled(f)(index, x), torch.cat(want))
 
 
 class Elsewhere(nn.Module):

@@ -101,7 +101,7 @@ MIXING = {
     "no rows at a site": (lambda: Lin(before=lambda x: x.mean(0)), "the input of 'lin' carries no rows"),
     "one row more": (lambda: Lin(before=lambda x: torch.cat([x, x[:1]])), "does not carry the rows"),
     "shuffled": (lambda: Lin(before=lambda x: x.flip(0)), "depends on the others"),
-    "row by row": (lambda: RowByRow(), "other sites are met with more rows"),
+    "row by row": (lambda: RowByRow(), "sites are met by other rows"),
     "several axes": (lambda: Lin(after=lambda y: y, twice=True), "rows are on several axes at 'lin'"),
     "in several outputs": (lambda: Lin(after=lambda y: dict(enumerate(y))), "the output has another structure with more rows"),
     "cumulative": (lambda: Lin(after=lambda y: y.cumsum(0)), "depends on the others"),
@@ -180,7 +180,7 @@ def test_an_input_that_loses_an_axis_with_one_row():
 
 def test_a_routed_loop_names_outputs_that_depend_on_the_number_of_rows():
     p = population(Lin(after=contrast).double())
-    with pytest.raises(ValueError, match="apply_routed: outputs of a row must not depend on the number of rows, got"):
+    with pytest.raises(ValueError, match="apply_routed: all rows must have outputs of one shape, got"):
         fp.apply_routed(p.net, p.params, p.many, [0, 0, 1], zoo.noise(3, 6).double(), strategy="loop")
 
 
@@ -201,7 +201,10 @@ def test_prompted_and_bare_rows_return_other_outputs(method, strategy):
     kw = {"input_ids": zoo.ids(3, 5), "use_cache": False}
     for index in ([-1, -1, -1], [2, 0, 1]):
         assert fp.apply_routed(p.net, p.params, p.many, index, strategy=strategy, **kw).logits.shape[0] == 3
-    with pytest.raises(ValueError, match=r"apply_routed: (rows with an adapter and bare ones|outputs of a row) must"):
+    with pytest.raises(
+        ValueError,
+        match=r"all rows must have outputs of one shape|all members and rows must return the same outputs",
+    ):
         fp.apply_routed(p.net, p.params, p.many, [0, -1, 1], strategy=strategy, **kw)
 
 
@@ -215,10 +218,9 @@ def test_prefixed_and_bare_rows_share_a_call_where_outputs_agree(strategy):
         agree(out[r : r + 1], (p.model(p.params, **one) if m < 0 else p.net(p.params, p.ads[m], **one)).logits)
 
 
-def test_an_empty_batch_says_nothing_about_others():
+def test_an_empty_batch_is_refused_and_says_nothing_about_others():
     p = population(Lin().double())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PopulationWarning)
+    with pytest.raises(ValueError, match="apply_many: inputs must have at least one row"):
         fp.apply_many(p.net, p.params, p.many, torch.zeros(3, 0, 6).double())
     for rows in (1, 2):
         assert fp.plan_many(p.net, p.params, p.many, zoo.noise(3, rows, 6).double()).strategy == "fold"

@@ -372,7 +372,7 @@ def test_a_result_prints_draws_and_ranks():
     assert torch.equal(result.losses, torch.stack(last))
     figure = result.plot()
     assert [axes.get_title() for axes in figure.axes] == ["loss", "evaluation"]
-    assert len(figure.axes[0].get_legend().get_texts()) == 4
+    assert len(figure.legends[0].get_texts()) == 4
     bare = run(steps=2)
     assert torch.equal(bare.losses, bare.history["loss"][-1])
     assert [axes.get_title() for axes in bare.plot().axes] == ["loss"]
