@@ -1,13 +1,13 @@
 """Gradients: the value of a loss and its gradient with respect to an adapter, or to every member of a population.
 
 ``value_and_grad`` differentiates, chunk by chunk where there are many members; ``accumulate`` averages what it returns over
-micro-batches. Imports tree, errors.
+micro-batches. Imports chunks, tree, errors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from funcpeft import errors
+from funcpeft.chunks import chunk, tokens
 from funcpeft.tree import Adapter, Adapters, Tree, as_tuple, tree_leaves, tree_map
-
-#: Tokens of all members together in one chunk of ``chunk_size="auto"``.
-TOKENS_PER_CHUNK = 4096
 
 _WHERE = "value_and_grad"
 _Traced = tuple[Tree, ...]
@@ -330,20 +328,9 @@ def _chunk_members(chunk_size: int | str | None, members: int, flat: list[Any], 
         return chunk_size
     if chunk_size is None:
         return members
-    tokens = max(_tokens(flat, dims, kwargs), default=0)
-    if not tokens:
-        return members
-    most = max(1, TOKENS_PER_CHUNK // tokens)
-    return math.ceil(members / math.ceil(members / most))  # even chunks: a last one of few members costs nearly as much
-
-
-def _tokens(flat: list[Any], dims: list[int | None], kwargs: Any) -> Iterator[int]:
-    """Yields the tokens that one member finds in each of its inputs."""
     shared = pytree.tree_leaves(kwargs)
-    for t, d in zip([*flat, *shared], [*dims, *(None,) * len(shared)], strict=True):
-        if isinstance(t, Tensor) and t.numel():
-            own = t if d is None else t.select(d, 0)
-            yield own[..., 0].numel() if own.is_floating_point() and own.ndim else own.numel()
+    pairs = zip([*flat, *shared], [*dims, *(None,) * len(shared)], strict=True)
+    return chunk(members, (tokens(t if d is None else t.select(d, 0)) for t, d in pairs if isinstance(t, Tensor)))
 
 
 # -- micro-batches -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 The members are folded into one ordinary batch (``fold``), after a probe has shown that the model's rows are independent
 (``probe``); where they are not, the whole model is vmapped or members run one after the other. ``routing`` gives each row of
-a batch a member. Imports probe, inputs, fold, adapt, stacking.
+a batch a member. Imports probe, inputs, fold, adapt,
+chunks, stacking.
 """
 
 from __future__ import annotations
@@ -18,18 +19,16 @@ from torch import Tensor
 
 from funcpeft import errors
 from funcpeft.adapt import Net
+from funcpeft.chunks import chunk, tokens
 from funcpeft.context import EVAL, Context
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
 from funcpeft.probe import UNPROBED, Plan, call_folded, call_vmapped, probe
-from funcpeft.stacking import select
+from funcpeft.stacking import picked
 from funcpeft.tree import Adapters, as_tuple
 
 STRATEGIES = ("auto", "fold", "vmap", "loop")
-
-#: Tokens of a chunk of members from which a larger one was no faster on a CPU.
-CHUNK_TOKENS = 4096
 
 
 class PopulationWarning(UserWarning):
@@ -152,7 +151,7 @@ def _apart(t: Tensor, axis: int | None, n: int) -> Tensor:
 
 def member_of(stacked: Adapters, i: int) -> Any:
     """Returns one member as it acts in a stack: ranks stay padded."""
-    made = select(stacked, [i])
+    made = picked(stacked, [i])
     taken = lambda tree: {p: {k: t[0] for k, t in leaves.items()} for p, leaves in tree.items()}  # noqa: E731
     ones = tuple(a.replace(params=taken(a.params), consts=taken(a.consts)) for a in as_tuple(made))
     return ones if isinstance(made, tuple) else ones[0]
@@ -182,17 +181,8 @@ def _chunk(asked: int | str | None, inputs: Inputs, n: int) -> int:
         if not isinstance(asked, int) or isinstance(asked, bool) or asked < 1:
             raise ValueError(errors.say("apply_many", "chunk_size must be a positive integer, 'auto' or None", repr(asked)))
         return asked
-    return max(1, CHUNK_TOKENS // max(1, _tokens(inputs, n)))
-
-
-def _tokens(inputs: Inputs, n: int) -> int:
-    """Counts one member's tokens: entries of its largest input of ids, else of the rest without the last axis."""
-    counts = [1]
-    for t, axis, row in zip(inputs.leaves, inputs.member_axes, inputs.row_axes, strict=True):
-        if isinstance(t, Tensor) and row is not None:
-            size = t.numel() // (n if axis is not None else 1)
-            counts.append(size // (t.shape[-1] or 1) if t.is_floating_point() else size)
-    return max(counts)
+    found = zip(inputs.leaves, inputs.member_axes, inputs.row_axes, strict=True)
+    return chunk(n, (tokens(t if a is None else t.select(a, 0)) for t, a, row in found if row is not None))
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------------

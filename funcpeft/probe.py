@@ -24,7 +24,7 @@ from funcpeft.context import EVAL, Context
 from funcpeft.fold import FIRST, Folded, Layout, Places
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, OutAxes, split_rows
-from funcpeft.stacking import select
+from funcpeft.stacking import picked
 from funcpeft.tree import Adapter, Adapters, as_tuple, tree_map
 from funcpeft.units import Place
 
@@ -137,7 +137,7 @@ def probe(net: Net, params: Params, stacked: Adapters, inputs: Inputs, members: 
         Exception: What the net raises for these inputs with one member.
     """
     two = _moved(stacked, members)
-    one = select(two, [1])
+    one = picked(two, [1])
     last = inputs.member(members - 1)
     b = inputs.rows
     with torch.no_grad():
@@ -167,7 +167,7 @@ def _judged(
     """Compares one member's own call with calls in which its rows stand after others."""
     try:
         pair = _Record(net, params, call)
-        out = pair.run([select(two, [1])], Layout(((1, 2 * b),)), both.folded(2), read)
+        out = pair.run([picked(two, [1])], Layout(((1, 2 * b),)), both.folded(2), read)
         places = replace(alone.places(pair, b), read=read.read)
         return _checked(net, params, two, both, b, call, places, _out_axes(want, out, b), want)
     except Unfoldable as e:
@@ -334,7 +334,7 @@ def _rounding(dtype: torch.dtype) -> float:
 
 def _moved(stacked: Adapters, members: int) -> Any:
     """Returns the first and the last member, their trained leaves moved at random."""
-    two, count = select(stacked, [0, members - 1]), 0
+    two, count = picked(stacked, [0, members - 1]), 0
 
     def move(t: Tensor) -> Tensor:
         nonlocal count

@@ -24,7 +24,7 @@ from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, out_names, split_rows
 from funcpeft.population import checked_members, member_of, padding, plan_of, seed_of, seeds_of, short
 from funcpeft.probe import Plan, call_folded
-from funcpeft.stacking import select
+from funcpeft.stacking import picked
 from funcpeft.tree import Adapters
 
 _STRATEGIES = ("auto", "fold", "loop")
@@ -138,7 +138,7 @@ class _Call:
         """Folds the members' rows, sorted."""
         routes = _route(index, whole=self.context.training)
         order = torch.tensor(routes.order, device=device)
-        groups = [select(self.stacked, list(m)) for m in routes.members]
+        groups = [picked(self.stacked, list(m)) for m in routes.members]
         contexts = [seeds_of(self.context, torch.tensor(m)) for m in routes.members]
         rows, rest = self.inputs.rows, routes.layout.rest
         if self._wraps and 0 < rest < rows:  # a call with prompts and one without
@@ -157,7 +157,7 @@ class _Call:
             rule, remedy = "with methods that wrap the call the values of index must be known", "call it outside of a trace"
             raise ValueError(errors.say("apply_routed", rule, None, remedy))
         rows, taken, bare = index.shape[0], index.clamp(min=0), index < 0
-        group, context = select(self.stacked, taken), seeds_of(self.context, taken)
+        group, context = picked(self.stacked, taken), seeds_of(self.context, taken)
         given = self.inputs.unflat(self.inputs.leaves)
         out = self._folded([group], [context], Layout(((rows, 1),)), given)
         others = iter(pytree.tree_leaves(self._bare(given)))

@@ -118,14 +118,21 @@ def select(stacked: Adapters, index: Sequence[int] | Tensor) -> Any:
         odd = [i for i in index if not 0 <= i < count]
         if odd or not len(index):
             raise ValueError(errors.say("select", f"positions must be in [0, {count})", odd or "none"))
-    made = tuple(Adapter(_taken(a.params, index), _taken(a.consts, index), a.rank_axes) for a in as_tuple(stacked))
+    return picked(stacked, index, share=False)
+
+
+def picked(stacked: Adapters, index: Sequence[int] | Tensor, *, share: bool = True) -> Any:
+    """Does what ``select`` does without a check; with ``share`` leaves that all members share are views."""
+    made = tuple(
+        Adapter(_taken(a.params, index, share), _taken(a.consts, index, share), a.rank_axes) for a in as_tuple(stacked)
+    )
     return made if isinstance(stacked, tuple) else made[0]
 
 
-def _taken(tree: Tree, index: Sequence[int] | Tensor) -> Tree:
+def _taken(tree: Tree, index: Sequence[int] | Tensor, share: bool) -> Tree:
     def take(t: Tensor) -> Tensor:
         if not t.stride(0):  # all members share it
-            return t[:1].expand(len(index), *t.shape[1:])
+            return (t[:1] if share else t[:1].clone()).expand(len(index), *t.shape[1:])
         return t.index_select(0, torch.as_tensor(index, device=t.device))
 
     return {path: {name: take(t) for name, t in leaves.items()} for path, leaves in tree.items()}

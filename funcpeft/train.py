@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from funcpeft import errors, rng
 from funcpeft.adapt import Net
-from funcpeft.batches import Batch, Batches, map_batch
+from funcpeft.batches import Batch, Batches
 from funcpeft.checkpoint import load, save
+from funcpeft.chunks import chunk, tokens
 from funcpeft.context import EVAL, Context
 from funcpeft.functional import Params
 from funcpeft.gradients import value_and_grad
 from funcpeft.optim import Optimizer, State
-from funcpeft.population import CHUNK_TOKENS, apply_many
+from funcpeft.population import apply_many
 from funcpeft.result import DIVERGED, RUNNING, STATUS, STOPPED, Result, pick
 from funcpeft.resuming import WHERE, begin, copied, rates, resumed
 from funcpeft.stacking import members
@@ -217,8 +218,7 @@ class _Task:
         numbers = torch.arange(members(stacked))
         size = self.chunk_size
         if size == "auto":
-            counts = map_batch(lambda t: t.numel() // (t.shape[-1] or 1 if t.is_floating_point() else 1), batch)
-            size = max(1, CHUNK_TOKENS // max(1, *pytree.tree_leaves(counts), 1))
+            size = chunk(len(numbers), map(tokens, pytree.tree_leaves(batch)))
         parts = numbers.split(size or len(numbers))
         return torch.cat([self.losses(pick(stacked, part), batch, None, EVAL) for part in parts])
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from funcpeft.adapt import adapt
+from funcpeft.chunks import TOKENS
 from funcpeft.functional import functionalize
-from funcpeft.gradients import TOKENS_PER_CHUNK, accumulate, value_and_grad
+from funcpeft.gradients import accumulate, value_and_grad
 from funcpeft.methods import LoRA
 from funcpeft.stacking import stack, unstack
 from funcpeft.tree import Adapter, tree_leaves, tree_map
@@ -265,7 +266,7 @@ def sizes_seen(*args, in_dims, members: int = 12, **kwargs) -> list[int]:
 
 
 def test_the_rule_counts_tokens():
-    tokens = TOKENS_PER_CHUNK // 4
+    tokens = TOKENS // 4
     ids = torch.zeros(12, 2, tokens // 2, dtype=torch.int64)
     assert sizes_seen(ids, in_dims=0) == [4, 4, 4]
     assert sizes_seen(ids, ids[0, :, 0], in_dims=(0, None)) == [4, 4, 4]
