@@ -219,13 +219,19 @@ class Net:
             ValueError: If the leaves have no common leading axis.
             TypeError: If the adapters were not made for this net.
         """
+        if isinstance(stacked, list):
+            raise TypeError(errors.say("adapters", "a stack is required", "a list", "stack them with fp.stack"))
         first = next((t for one in as_tuple(stacked) for v in one.params.values() for t in v.values()), None)
         n = first.shape[0] if first is not None and first.ndim else 0
         usual = len(self._shapes) == len(as_tuple(stacked)) and n > 0
         pairs = zip(as_tuple(stacked), self._shapes, strict=False)
         if usual and all(as_expected(one, self._shapes_of(shapes, n)) for one, shapes in pairs):
             return n
-        n = members(stacked)
+        try:
+            n = members(stacked)
+        except ValueError as e:
+            found, remedy = "leaves of unequal leading axes", "stack the adapters with fp.stack, one of them too"
+            raise ValueError(errors.say("adapters", "a stack is required", found, remedy)) from e
         self._matched(stacked, n)
         return n
 

@@ -121,10 +121,17 @@ def block_paths(root: nn.Module, which: bool | str | Sequence[str]) -> tuple[str
 
     Raises:
         NoMatchError: If nothing is found.
+        TypeError: If a pattern is no regular expression.
     """
     if which is False:
         return ()
     patterns = () if which is True else (which,) if isinstance(which, str) else tuple(which)
+    for p in patterns:
+        try:
+            re.compile(p)
+        except (re.error, TypeError) as e:
+            rule = "remat must be True, or names or regular expressions of modules"
+            raise TypeError(errors.say(type(root).__name__, rule, repr(p))) from e
     found = [n for n, m in root.named_modules() if n and (_is_layer(m) if which is True else _named(n, patterns))]
     outer = [n for n in found if not any(n.startswith(f"{o}.") for o in found)]
     missing = [p for p in patterns if not any(_named(n, (p,)) for n in found)]
@@ -139,7 +146,7 @@ def _named(path: str, patterns: Sequence[str]) -> bool:
     return any(re.match(rf"(.*\.)?({p})$", path) for p in patterns)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def _is_layer(module: nn.Module) -> bool:  # by name, so that transformers is not imported
     return any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
 
 

@@ -233,7 +233,4 @@ def _meet_group(expr: Any, bias: Any, site: Site, x: Tensor, axis: int, occurren
 
 def folded_like(expr: Any, other: Folded) -> Folded:
     """Returns a weight that all members share, in the layout of another."""
-    return Folded((expr,) * len(other.groups), expr, other.layout, other.places, other.observe)
-
-
-Expression = Tensor | Quantized | Adapted | Folded
+    return Folded((expr,) * len(other.groups), expr, other.layout, other.places, other.observe, other.read)

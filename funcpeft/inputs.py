@@ -114,7 +114,7 @@ def inputs_of(where: str, args: Any, kwargs: Any, in_dims: Any, batch_dims: Any,
         where: Name of the caller in messages.
         args: Positional inputs of the model.
         kwargs: Keyword inputs of the model.
-        in_dims: Axis of the members: an int, ``None``, or a tree prefix of ``(args, kwargs)``.
+        in_dims: Axis of the members: an int, ``None``, or a tree prefix of ``(args, kwargs)``; a dict is that of keywords.
         batch_dims: Axis of the rows, likewise.
         members: Number of members; ``None`` if there is no member axis.
 
@@ -122,6 +122,7 @@ def inputs_of(where: str, args: Any, kwargs: Any, in_dims: Any, batch_dims: Any,
         TypeError: If a prefix does not fit the inputs.
         ValueError: If an axis is out of range, sizes disagree, or no input has rows.
     """
+    in_dims, batch_dims = (((0,) * len(args), d) if isinstance(d, Mapping) else d for d in (in_dims, batch_dims))
     keyed, spec = pytree.tree_flatten_with_path((args, kwargs))
     names = tuple(_name(path) for path, _ in keyed)
     leaves = tuple(leaf for _, leaf in keyed)
@@ -228,8 +229,13 @@ def joined(outs: Sequence[Any], put: Callable[[list[Tensor]], Tensor]) -> Any:
         odd = sorted(set(max(names, key=len)) - set(min(names, key=len)))
         rule, remedy = "all members and rows must return the same outputs", "call those that differ apart, or use_cache=False"
         raise ValueError(errors.say("a population", rule, f"only some return {errors.listed(odd)}", remedy))
-    several = zip(*(leaves for leaves, _ in flat), strict=True)
-    return pytree.tree_unflatten([put(list(ts)) if isinstance(ts[0], Tensor) else ts[0] for ts in several], flat[0][1])
+    made: list[Any] = []
+    for i, ts in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
+        if not isinstance(ts[0], Tensor) and isinstance(ts[0], int | float) and any(t != ts[0] for t in ts[1:]):
+            name, remedy = out_names(outs[0])[i], "return it as a tensor"
+            raise ValueError(errors.say(f"a population: output {name}", "a number must be the same for all", ts, remedy))
+        made.append(put(list(ts)) if isinstance(ts[0], Tensor) else ts[0])
+    return pytree.tree_unflatten(made, flat[0][1])
 
 
 def evened(tensors: list[Tensor], axis: int, value: int) -> list[Tensor]:

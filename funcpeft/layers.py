@@ -168,10 +168,18 @@ class Embedding(Kind):
         return matrix.mT
 
     def product(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
-        return F.embedding(x, stored, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse)
+        return self._looked_up(x, stored, self.sparse)
 
     def map(self, x: Tensor, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
-        return F.embedding(x, matrix.mT, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return self._looked_up(x, matrix.mT, False)
+
+    def _looked_up(self, ids: Tensor, table: Tensor, sparse: bool) -> Tensor:
+        options = {"scale_grad_by_freq": self.scale_grad_by_freq, "sparse": sparse}
+        if self.padding_idx is None or not torch._C._are_functorch_transforms_active():
+            return F.embedding(ids, table, self.padding_idx, **options)
+        # torch 2.13's vmap of a mapped table keeps the gradient from the first member's padding row alone
+        found, padding = F.embedding(ids, table, **options), self.padding_idx % table.shape[0]
+        return torch.where((ids == padding)[..., None], found.detach(), found)
 
 
 @dataclass(frozen=True)

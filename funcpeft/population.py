@@ -60,7 +60,7 @@ def apply_many(
         stacked: What ``fp.stack`` made of N adapters; ranks may differ.
         args: The model's positional inputs.
         in_dims: Axis of the members in the inputs, ``None`` for an input that all members share: a value for all, or a tree
-            prefix of ``(args, kwargs)``, whose dict of keywords may leave out those at 0.
+            prefix of ``(args, kwargs)``, whose dict of keywords may leave out those at 0 and may be given alone.
         batch_dims: Axis of the rows, counted without the member axis, ``None`` for an input that has none; likewise. An
             axis of size 1 is broadcast.
         strategy: ``"fold"``; ``"vmap"``, the whole model under ``torch.func.vmap``; ``"loop"``; or ``"auto"``: the first of
@@ -206,12 +206,17 @@ def plan_of(
     """
     if strategy in ("vmap", "loop"):
         return Plan(strategy)
-    key = _key(inputs, call)
+    key = _key(where, inputs, call)
     plan = net.plans.get(key)
     if torch.compiler.is_compiling():
         return plan or UNPROBED
     if plan is None:
-        plan = net.plans[key] = probe(net, params, stacked, probed(), n, call)
+        plan = probe(net, params, stacked, probed(), n, call, routed=where == "apply_routed")
+        if plan.compared:
+            net.plans[key] = plan
+        elif strategy == "auto":
+            rule, remedy = "a transform hides the values that say whether rows are independent", "call it once outside"
+            warnings.warn(errors.say(f"{where} of {net.model.name}", rule, None, remedy), PopulationWarning, 3)
         if plan.strategy != "fold" and strategy == "auto":
             slower = "loop" if where == "apply_routed" else plan.strategy
             rule, remedy = f"members run by {slower}, which is slower than the fold", f"pass strategy={slower!r} to say so"
@@ -221,13 +226,13 @@ def plan_of(
     return plan
 
 
-def _key(inputs: Inputs, call: str) -> str:
+def _key(where: str, inputs: Inputs, call: str) -> str:
     """Names the form of a call: what a probe's answer depends on; of sizes, whether they are 0, 1 or more."""
     forms = [
         f"{name} {[min(n, 2) for n in t.shape]} {t.dtype} {axis} {row}" if isinstance(t, Tensor) else f"{name} {t}"
         for name, t, axis, row in zip(inputs.names, inputs.leaves, inputs.member_axes, inputs.row_axes, strict=True)
     ]
-    return "; ".join([call, *forms])
+    return "; ".join([where, call, *forms])
 
 
 def short(call: str, kwargs: dict[str, Any]) -> dict[str, Any]:

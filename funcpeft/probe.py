@@ -41,12 +41,14 @@ class Plan:
         reason: What the probe found against the strategies before it; empty for ``"fold"``.
         places: Where rows are at every site.
         outs: Axis of the rows of leaves of the output where it is not the first, ``None`` for what all rows share.
+        compared: Whether values were compared; where a transform hides them, shapes alone were.
     """
 
     strategy: str
     reason: str = ""
     places: Places = FIRST
     outs: OutAxes = field(default_factory=dict)
+    compared: bool = True
 
     def __str__(self) -> str:
         return f"{self.strategy}: {self.reason}" if self.reason else f"{self.strategy}: rows are independent"
@@ -127,8 +129,12 @@ def _by_row(net: Net, groups: Sequence[Adapters], layout: Layout) -> Any:
     return tuple(rows) if len(rows) > 1 else rows[0]
 
 
-def probe(net: Net, params: Params, stacked: Adapters, inputs: Inputs, members: int, call: str) -> Plan:
-    """Finds out whether a population can be folded, by five small calls of the net.
+def probe(
+    net: Net, params: Params, stacked: Adapters, inputs: Inputs, members: int, call: str, *, routed: bool = False
+) -> Plan:
+    """Finds out whether a population can be folded, by a few calls of the net with one and with two members' rows.
+
+    With ``routed`` each row may be of another member, though ``inputs`` have no member axis.
 
     Returns:
         A plan with strategy ``"fold"`` and the places of the rows, or ``"vmap"`` or ``"loop"`` with the reason.
@@ -147,14 +153,34 @@ def probe(net: Net, params: Params, stacked: Adapters, inputs: Inputs, members: 
         if alone.read:  # again, so that the modules that read run as units and are seen
             alone = _Record(net, params, call)
             alone.run([one], Layout(((1, b),)), last.unflat(last.leaves), read)
-        pair = _joined(inputs.member(0), last)
+        first = inputs.member(0)
+        pair = _paired(first, last)
         for name, member, row in zip(inputs.names, inputs.member_axes, inputs.row_axes, strict=True):
             if member is not None and row is None:
                 return _vmap_or_loop(net, params, two, pair, call, want, f"input {name} has members but no rows")
-        plan = _judged(net, params, two, _joined(_shifted(last), last), b, call, alone, read, want)
-        if plan.strategy == "fold" or not plan.reason.startswith(_CRASHED):
-            return plan
-        return _judged(net, params, two, pair, b, call, alone, read, want)
+        if (inputs.mapped or routed) and (path := _chosen_by_length(net)) is not None:
+            reason = f"{path!r} chooses its frequencies by the longest row of a batch"
+            return _vmap_or_loop(net, params, two, pair, call, want, reason)
+        plan = _judged(net, params, two, _paired(_shifted(last), last), b, call, alone, read, want)
+        if plan.strategy != "fold" and plan.reason.startswith(_CRASHED):
+            return _judged(net, params, two, pair, b, call, alone, read, want)
+        if plan.strategy == "fold" and inputs.mapped:  # the members' own inputs too
+            wants = [_Record(net, params, call).run([picked(two, [0])], Layout(((1, b),)), first.unflat(first.leaves)), want]
+            try:
+                return _checked(net, params, two, pair, b, call, plan.places, plan.outs, wants)
+            except Unfoldable as e:
+                return _vmap_or_loop(net, params, two, pair, call, want, str(e))
+        return plan
+
+
+def _chosen_by_length(net: Net) -> str | None:
+    """Returns the path of a rotary embedding of transformers that reads the largest position of the whole batch."""
+    for path, m in net.model.modules():
+        kinds = getattr(m, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                return path
+    return None
 
 
 #: How the reason begins where a call of the probe failed: inputs that were made up may have been to blame.
@@ -169,7 +195,7 @@ def _judged(
         pair = _Record(net, params, call)
         out = pair.run([picked(two, [1])], Layout(((1, 2 * b),)), both.folded(2), read)
         places = replace(alone.places(pair, b), read=read.read)
-        return _checked(net, params, two, both, b, call, places, _out_axes(want, out, b), want)
+        return _checked(net, params, two, both, b, call, places, _out_axes(want, out, b), [None, want])
     except Unfoldable as e:
         reason = str(e)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as e:
@@ -177,8 +203,10 @@ def _judged(
     return _vmap_or_loop(net, params, two, both, call, want, reason)
 
 
-def _checked(net: Net, params: Params, two: Any, both: Inputs, b: int, call: str, places: Places, outs: Any, want: Any) -> Plan:
-    """Calls two members folded, and compares the second's rows with its own call; modules that do not vmap are looped."""
+def _checked(
+    net: Net, params: Params, two: Any, both: Inputs, b: int, call: str, places: Places, outs: Any, wants: Sequence[Any]
+) -> Plan:
+    """Calls two members folded, and compares their rows with calls of their own; modules that do not vmap are looped."""
     layout = Layout(((2, b),))
 
     def folded(where: Places) -> Any:
@@ -192,11 +220,16 @@ def _checked(net: Net, params: Params, two: Any, both: Inputs, b: int, call: str
         looped = {path: replace(p, looped=True) if isinstance(p, Place) else p for path, p in places.at.items()}
         places = Places(looped, places.read)
         got = folded(places)
-    second = lambda t, axis: t if axis is None else layout.cut(t, axis)[0].select(axis, 1)  # noqa: E731
-    halves = pytree.tree_leaves(split_rows(got, outs, layout.rows, second, "probe"))
-    if (leaf := _difference(halves, want)) is not None:
-        raise Unfoldable(f"rows act on each other: {leaf}")
-    return Plan("fold", "", places, outs)
+    compared = True
+    for i, want in enumerate(wants):
+        if want is None:
+            continue
+        one = lambda t, axis, i=i: t if axis is None else layout.cut(t, axis)[0].select(axis, i)  # noqa: E731
+        found = _difference(pytree.tree_leaves(split_rows(got, outs, layout.rows, one, "probe")), want)
+        if found is not None and found != _HIDDEN:
+            raise Unfoldable(f"rows act on each other: {found}")
+        compared &= found is None
+    return Plan("fold", "", places, outs, compared)
 
 
 def _vmap_or_loop(net: Net, params: Params, two: Any, both: Inputs, call: str, want: Any, reason: str) -> Plan:
@@ -207,7 +240,7 @@ def _vmap_or_loop(net: Net, params: Params, two: Any, both: Inputs, call: str, w
     except Exception as e:  # whatever a model does under vmap, a loop is left
         return Plan("loop", f"{reason}; under vmap {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
     halves = [t[1] if isinstance(t, Tensor) else t for t in pytree.tree_leaves(got)]
-    if (leaf := _difference(halves, want)) is not None:
+    if (leaf := _difference(halves, want)) not in (None, _HIDDEN):
         return Plan("loop", f"{reason}; under vmap {leaf}")
     return Plan("vmap", reason)
 
@@ -306,11 +339,17 @@ def _ids(t: Tensor) -> bool:
     return t.ndim == 2 and not t.is_floating_point()
 
 
+#: What ``_difference`` returns where a transform hides the values.
+_HIDDEN = "hidden"
+
+
 def _difference(got: Sequence[Any], want: Any) -> str | None:
-    """Names the first leaf of an output that differs by more than rounding, ``None`` if there is none or values are hidden."""
-    keyed = pytree.tree_flatten_with_path(want)[0]
-    for t, (path, w) in zip(got, keyed, strict=False):
+    """Names the first leaf of an output that differs by more than rounding, ``None`` if there is none."""
+    for t, (path, w) in zip(got, pytree.tree_flatten_with_path(want)[0], strict=False):
+        differs = f"output {pytree.keystr(path)} of a member depends on the others"
         if not isinstance(w, Tensor) or not isinstance(t, Tensor):
+            if isinstance(w, bool | int | float) and t != w and w == w:
+                return differs
             continue
         if _ids(w):
             n = min(t.shape[1], w.shape[1])
@@ -318,9 +357,9 @@ def _difference(got: Sequence[Any], want: Any) -> str | None:
         try:
             size = float(w.abs().max()) if w.numel() else 0.0
             if t.shape != w.shape or not torch.allclose(t, w, rtol=0, atol=_rounding(w.dtype) * size, equal_nan=True):
-                return f"output {pytree.keystr(path)} of a member depends on the others"
+                return differs
         except RuntimeError:  # a transform hides the values; shapes have been compared
-            return None
+            return _HIDDEN
     return None
 
 
@@ -364,7 +403,7 @@ def _shifted(inputs: Inputs) -> Inputs:
     return replace(inputs, leaves=tuple(shift(t, i) for i, t in enumerate(inputs.leaves)))
 
 
-def _joined(first: Inputs, last: Inputs) -> Inputs:
+def _paired(first: Inputs, last: Inputs) -> Inputs:
     """Returns the inputs of two members."""
     pairs = list(zip(first.leaves, last.leaves, strict=True))
     own = [isinstance(a, Tensor) and a is not b for a, b in pairs]

@@ -21,7 +21,7 @@ from funcpeft.adapt import Net
 from funcpeft.context import EVAL, Context
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
-from funcpeft.inputs import Inputs, evened, inputs_of, joined, out_names, split_rows
+from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
 from funcpeft.population import checked_members, member_of, padding, plan_of, seed_of, seeds_of, short
 from funcpeft.probe import Plan, call_folded
 from funcpeft.stacking import picked
@@ -69,10 +69,10 @@ def apply_routed(
         TypeError: If ``index`` does not hold integers; else as ``apply_many``.
     """
     n = checked_members("apply_routed", net, stacked, strategy, call, context, _STRATEGIES)
+    index = _integers(index)
     read = functools.partial(inputs_of, "apply_routed", in_dims=None, batch_dims=batch_dims, members=None)
     inputs = read(args, kwargs)
-    index = _index(index, n, inputs.rows)
-    known = _values(index)
+    known = _checked(index, n, inputs.rows)
     plan = plan_of("apply_routed", net, params, stacked, inputs, n, call, strategy, lambda: read(args, short(call, kwargs)))
     one = _Call(net, params, stacked, inputs, plan, call, context)
     if plan.strategy != "fold":
@@ -178,19 +178,41 @@ class _Call:
         rows_of: dict[int, list[int]] = {}
         for row, m in enumerate(index):
             rows_of.setdefault(m, []).append(row)
-        axes = {a for a in self.inputs.row_axes if a is not None}
-        axis = axes.pop() if len(axes) == 1 else 0
-        outs: list[Any] = []
-        for m, rows in rows_of.items():
-            args, kwargs = given = self.inputs.picked(torch.tensor(rows))
-            if m < 0:
-                outs.append(self._bare(given))
-            else:
-                one, context = member_of(self.stacked, m), seed_of(self.context, m)
-                outs.append(self.net.call(self.call, self.params, one, *args, context=context, **kwargs))
-            split_rows(outs[-1], dict.fromkeys(out_names(outs[-1]), axis), len(rows), lambda t, axis: t, "apply_routed")
+        outs = [self._member_call(m, rows) for m, rows in rows_of.items()]
+        (m, rows), *_ = rows_of.items()
+        axes = self._row_axes(outs[0], self._member_call(m, [*rows, rows[0]]), len(rows))
         back = torch.argsort(torch.tensor([row for rows in rows_of.values() for row in rows]))
-        return joined(outs, lambda ts: torch.cat(self._even(ts, axis), axis).index_select(axis, back))
+        found = iter(axes)
+
+        def put(ts: list[Tensor]) -> Tensor:
+            axis = next(found)
+            return torch.cat(self._even(ts, axis), axis).index_select(axis, back)
+
+        return joined(outs, put)
+
+    def _member_call(self, m: int, rows: list[int]) -> Any:
+        """Calls the net with one member, or the bare base, on some rows."""
+        args, kwargs = given = self.inputs.picked(torch.tensor(rows))
+        if m < 0:
+            return self._bare(given)
+        one, context = member_of(self.stacked, m), seed_of(self.context, m)
+        return self.net.call(self.call, self.params, one, *args, context=context, **kwargs)
+
+    def _row_axes(self, out: Any, more: Any, rows: int) -> list[int]:
+        """Returns the axis of the rows of every tensor of an output, found from one with a row more."""
+        axes: list[int] = []
+        for (path, t), u in zip(pytree.tree_flatten_with_path(out)[0], pytree.tree_leaves(more), strict=True):
+            if not isinstance(t, Tensor):
+                continue
+            ids = t.ndim == 2 and not t.is_floating_point()
+            pairs = list(zip(t.shape, u.shape, strict=True))[: 1 if ids else None]
+            odd = [i for i, (a, b) in enumerate(pairs) if a != b]
+            if len(odd) != 1 or pairs[odd[0]] != (rows, rows + 1):
+                rule, found = "must carry the rows of the batch", f"shape {tuple(t.shape)} with {rows} rows"
+                where = f"apply_routed: output {pytree.keystr(path)}"
+                raise ValueError(errors.say(where, rule, found, "take outputs that do not mix rows"))
+            axes += odd
+        return axes
 
     @property
     def _wraps(self) -> bool:
@@ -226,7 +248,8 @@ def _reordered(t: Tensor, axis: int, back: Tensor, rows: int) -> Tensor:
     return t.unflatten(axis, (rows, per)).index_select(axis, back).flatten(axis, axis + 1)
 
 
-def _index(index: Any, n: int, rows: int) -> Tensor:
+def _integers(index: Any) -> Tensor:
+    """Returns an index as a tensor ``(rows,)`` of integers."""
     whole = lambda i: isinstance(i, int) and not isinstance(i, bool)  # noqa: E731
     if not isinstance(index, Tensor):
         if not isinstance(index, Sequence) or isinstance(index, str) or not all(whole(i) for i in index):
@@ -235,13 +258,20 @@ def _index(index: Any, n: int, rows: int) -> Tensor:
         index = torch.tensor(list(index), dtype=torch.int64)
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(errors.say("apply_routed", "index must hold integers", index.dtype))
-    if tuple(index.shape) != (rows,):
+    if index.ndim != 1:
+        raise ValueError(errors.say("apply_routed", "index must be (rows,), one member per row", tuple(index.shape)))
+    return index
+
+
+def _checked(index: Tensor, n: int, rows: int) -> list[int] | None:
+    """Checks an index against the batch, and returns its values, ``None`` where they are hidden."""
+    if index.shape[0] != rows:
         raise ValueError(errors.say("apply_routed", f"index must be ({rows},), one member per row", tuple(index.shape)))
     known = _values(index)
     odd = [i for i in known or () if not -1 <= i < n]
     if odd:
         raise ValueError(errors.say("apply_routed", f"index must be in [-1, {n})", errors.listed(odd)))
-    return index
+    return known
 
 
 def _values(index: Tensor) -> list[int] | None:

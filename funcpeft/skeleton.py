@@ -184,6 +184,31 @@ def _site_class(cls: type, base: type, traced: bool) -> type:
     return _CLASSES[cls, traced]
 
 
+@functools.cache
+def _padded(base: type) -> type:
+    """Makes the class that looks up ids as its kind does, in place of ``torch.nn.Embedding`` with padding."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        return self.__dict__["_kind"].product(input, self.weight, None)
+
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
+@functools.cache
+def _padded_class(cls: type, base: type) -> type:
+    bases = (_padded(base),) if cls is base else (cls, _padded(base))
+    return type(cls.__name__, bases, {"__module__": cls.__module__})
+
+
+def _mend_padding(module: nn.Module) -> None:
+    """Gives an embedding with padding its kind's product, whose gradient is right under ``vmap`` too."""
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        found = layers.kind_of(module)
+        if found is not None:
+            module.__class__ = _padded_class(type(module), found[1])
+            module.__dict__["_kind"] = found[0]
+
+
 #: What holds nothing that a call could write, or what every copy shares.
 _ATOMS = (
     *(
@@ -294,6 +319,8 @@ class Skeleton:
             self._other_slots(h, owner)
         self.hollow: list[tuple[dict[str, Any], str, _Binding, int]] = []
         placed: set[tuple[int, str]] = set()
+        for m in {id(m): m for m in modules.values()}.values():
+            _mend_padding(m)
         for owner, name, site in sites:
             placed |= self._place(modules[owner], name, site, traced)
         self.slots = [(h, i, key) for h, i, key in self.slots if (id(h), i) not in placed]

@@ -343,6 +343,8 @@ ROWS = [
     (lambda: adapter().replace(parms={}), T, r"Adapter.replace: fields are params, consts and rank_axes, got \['parms'\]"),
     (lambda: net()(params(), None, X), T, "adapter: an Adapter or a tuple of them is required, got NoneType"),
     # populations
+    (lambda: net().members([adapter()]), T, "adapters: a stack is required, got a list; stack them with fp.stack"),
+    (lambda: net().members(adapter()), V, "adapters: a stack is required, got leaves of unequal leading axes"),
     (lambda: select(stack([adapter()] * 3), [0, 3]), V, r"select: positions must be in \[0, 3\), got \[3\]"),
     (lambda: select(stack([adapter()] * 3), []), V, r"select: positions must be in \[0, 3\), got none"),
     (lambda: stack([]), V, "stack: a list of at least one adapter is required, got an empty list"),

@@ -171,7 +171,7 @@ def test_small_batches(rows):
 PREFIX = r"must be a value for all or a tree prefix of \(args, kwargs\), got"
 REFUSED = {
     "unknown keyword": ({"in_dims": ((0,), {"y": 0})}, TypeError, "apply_many: in_dims must name inputs of the call, got 'y'"),
-    "dict alone": ({"in_dims": {"x": 0}}, TypeError, f"apply_many: in_dims {PREFIX} dict for tuple"),
+    "dict alone": ({"in_dims": {"x": 0}}, TypeError, "apply_many: in_dims must name inputs of the call, got 'x'"),
     "one axis in a tuple": ({"in_dims": (0,)}, TypeError, f"apply_many: in_dims {PREFIX} tuple for tuple"),
     "deeper than the input": ({"in_dims": (((0, 1),), {})}, TypeError, f"in_dims {PREFIX} tuple for Tensor"),
     "a word": ({"in_dims": "x"}, TypeError, "in_dims of 0: must be an int or None, got str"),
@@ -216,8 +216,8 @@ def test_seeds_are_one_per_member(shape):
 
 INDICES = {
     "short": ([0], ValueError, r"apply_routed: index must be \(2,\), one member per row, got \(1,\)"),
-    "two axes": (torch.zeros(2, 1, dtype=torch.long), ValueError, r"index must be \(2,\), one member per row, got \(2, 1\)"),
-    "0-d": (torch.tensor(1), ValueError, r"index must be \(2,\), one member per row, got \(\)"),
+    "two axes": (torch.zeros(2, 1, dtype=torch.long), ValueError, r"index must be \(rows,\), one member per row, got \(2, 1\)"),
+    "0-d": (torch.tensor(1), ValueError, r"index must be \(rows,\), one member per row, got \(\)"),
     "beyond": ([0, 3], ValueError, r"apply_routed: index must be in \[-1, 3\), got 3"),
     "below": ([-2, 0], ValueError, r"apply_routed: index must be in \[-1, 3\), got -2"),
     "float": (torch.zeros(2), TypeError, "apply_routed: index must hold integers, got torch.float32"),
@@ -245,8 +245,12 @@ def test_routed_calls_know_no_vmap():
 @pytest.mark.parametrize(
     ("make", "kind", "text"),
     [
-        (lambda p: p.ads[0], ValueError, "every leaf must have the same leading axis, got sizes .*; make it with stack"),
-        (lambda p: p.ads, TypeError, "an Adapter or a tuple of them is required, got list"),
+        (
+            lambda p: p.ads[0],
+            ValueError,
+            "adapters: a stack is required, got leaves of unequal leading axes; stack the adapters with fp.stack",
+        ),
+        (lambda p: p.ads, TypeError, "adapters: a stack is required, got a list; stack them with fp.stack"),
         (lambda p: p.many.params, TypeError, "an Adapter or a tuple of them is required, got dict"),
         (lambda p: (p.many, p.many), TypeError, r"one Adapter for each of \(LoRA\) is required, got 2"),
         (lambda p: net_of("other").many, TypeError, "adapter for lora: paths must be the net's sites, got extra 'other'"),

@@ -141,7 +141,6 @@ MODELS = {
     "llama-saved": (fp.LoRA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]), {}),
     "llama-tokens": (fp.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]), {}),
     "llama_tied-tokens": (fp.TrainableTokens(token_indices=[3, 5, 7]), {}),
-    "llama_dynamic": (QV, {}),
     "gemma3": (QV, {}),
     "gpt2-bias": (fp.LoRA(r=2, target_modules=["c_attn"], bias="all"), {"use_cache": False}),
     "gpt2-prefix": (fp.PrefixTuning(num_virtual_tokens=3, task_type="CAUSAL_LM"), {}),
@@ -217,6 +216,32 @@ def test_gradients_of_models(name):
         agree(at(under, i), want, 100 * tolerance(name))
 
 
+@pytest.mark.parametrize("strategy", ["fold", "vmap", "loop"])
+@pytest.mark.parametrize(
+    "method", [fp.LoRA(r=2, modules_to_save=["embed_tokens"]), fp.LoRA(r=2, target_modules=["embed_tokens"])]
+)
+def test_padding_gets_no_gradient_of_any_member(method, strategy):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    p = population(LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0)).double().eval(), method)
+    ids = torch.cat([torch.zeros(3, 2, 2, dtype=torch.long), torch.randint(1, 32, (3, 2, 4))], 2)
+
+    def together(many):
+        out = fp.apply_many(p.net, p.params, many, input_ids=ids, strategy=strategy, use_cache=False)
+        return out.logits.square().flatten(1).sum(1).sum()
+
+    def alone(a, ids):
+        return p.net(p.params, a, input_ids=ids, use_cache=False).logits.square().sum()
+
+    grads = fp.value_and_grad(together)(p.many)[1]
+    for i, a in enumerate(p.ads):
+        want = fp.value_and_grad(alone)(a, ids[i])[1]
+        for g, w in zip(pytree.tree_leaves(grads), pytree.tree_leaves(want), strict=True):
+            torch.testing.assert_close(g[i], w)
+
+
 def test_vmap_outside():
     p = lm("llama", QV)
     x = torch.stack([zoo.ids(2, 5, s) for s in range(2)])
@@ -224,7 +249,8 @@ def test_vmap_outside():
     def f(ids):
         return fp.apply_many(p.net, p.params, p.many, in_dims=None, input_ids=ids, use_cache=False).logits
 
-    agree(torch.func.vmap(f)(x), torch.stack([f(x[0]), f(x[1])]))
+    want = torch.stack([f(x[0]), f(x[1])])  # which probes where values are seen
+    agree(torch.func.vmap(f)(x), want)
 
 
 # -- routed ------------------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_an_input_that_loses_an_axis_with_one_row():
 
 def test_a_routed_loop_names_outputs_that_depend_on_the_number_of_rows():
     p = population(Lin(after=contrast).double())
-    with pytest.raises(ValueError, match="apply_routed: all rows must have outputs of one shape, got"):
+    with pytest.raises(ValueError, match="apply_routed: output : must carry the rows of the batch, got"):
         fp.apply_routed(p.net, p.params, p.many, [0, 0, 1], zoo.noise(3, 6).double(), strategy="loop")
 
 
@@ -201,10 +201,7 @@ def test_prompted_and_bare_rows_return_other_outputs(method, strategy):
     kw = {"input_ids": zoo.ids(3, 5), "use_cache": False}
     for index in ([-1, -1, -1], [2, 0, 1]):
         assert fp.apply_routed(p.net, p.params, p.many, index, strategy=strategy, **kw).logits.shape[0] == 3
-    with pytest.raises(
-        ValueError,
-        match=r"all rows must have outputs of one shape|all members and rows must return the same outputs",
-    ):
+    with pytest.raises(ValueError, match=r"must carry the rows|outputs of one shape|must return the same outputs"):
         fp.apply_routed(p.net, p.params, p.many, [0, -1, 1], strategy=strategy, **kw)
 
 
@@ -311,3 +308,64 @@ def test_an_error_of_the_model_is_its_own():
         fp.apply_many(p.net, p.params, p.many, zoo.noise(3, 2, 5).double())
     with pytest.raises(TypeError, match="unexpected keyword"):
         fp.apply_many(p.net, p.params, p.many, zoo.noise(3, 2, 6).double(), y=torch.zeros(3, 2))
+
+
+# -- what the batch as a whole decides ---------------------------------------------------------------------------------------
+
+
+def test_lengths_that_choose_a_rotary_embedding():
+    p, ids = population(double("llama_dynamic"), fp.LoRA(r=2, target_modules=["q_proj"])), zoo.ids(2, 6)
+    assert fp.plan_many(p.net, p.params, p.many, input_ids=ids, in_dims=None).strategy == "fold"
+    plan = fp.plan_many(p.net, p.params, p.many, input_ids=torch.stack([ids] * 3))
+    assert plan.strategy != "fold"
+    assert "'model.rotary_emb' chooses its frequencies by the longest row" in plan.reason
+
+
+class Scaled(nn.Module):
+    """Doubles the whole batch where any entry is large, and returns a number of it."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.lin, self.number = nn.Linear(6, 4), number
+
+    def forward(self, x):
+        y = self.lin(x)
+        return (y, float(y.mean())) if self.number else y * (2 if bool(x.abs().max() > 50) else 1)
+
+
+def test_values_that_decide_for_the_whole_batch():
+    p, x = population(Scaled(False).double()), zoo.noise(3, 2, 6).double()
+    x[0] *= 1000
+    with pytest.warns(PopulationWarning, match="rows act on each other"):
+        out = fp.apply_many(p.net, p.params, p.many, x)
+    agree(out, torch.stack([p.net(p.params, a, x[i]) for i, a in enumerate(p.ads)]))
+
+
+def test_numbers_that_differ_between_members_are_refused():
+    p, x = population(Scaled(True).double()), zoo.noise(3, 2, 6).double()
+    with (
+        pytest.warns(PopulationWarning, match="depends on the others"),
+        pytest.raises(ValueError, match="a number must be the same for all"),
+    ):
+        fp.apply_many(p.net, p.params, p.many, x)
+
+
+class Mean(nn.Module):
+    """Subtracts the mean over the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.lin(x)
+        return y - y.mean(0, keepdim=True)
+
+
+def test_a_plan_made_where_values_are_hidden_is_not_kept():
+    p, x = population(Mean().double()), zoo.noise(3, 2, 6).double()
+    with pytest.warns(PopulationWarning, match="a transform hides the values"):
+        torch.func.vmap(lambda x: fp.apply_many(p.net, p.params, p.many, x))(torch.stack([x, x]))
+    with pytest.warns(PopulationWarning, match="rows act on each other"):
+        out = fp.apply_many(p.net, p.params, p.many, x)
+    agree(out, torch.stack([p.net(p.params, a, x[i]) for i, a in enumerate(p.ads)]))
