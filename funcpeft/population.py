@@ -25,8 +25,8 @@ from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
 from funcpeft.probe import UNPROBED, Plan, call_folded, call_vmapped, probe
-from funcpeft.stacking import picked
-from funcpeft.tree import Adapters, as_tuple
+from funcpeft.stacking import member, narrowed
+from funcpeft.tree import Adapters
 
 STRATEGIES = ("auto", "fold", "vmap", "loop")
 
@@ -102,7 +102,7 @@ def apply_many(
     outs: list[Any] = []
     for start in range(0, n, size):
         stop = min(start + size, n)
-        part, own = _narrowed(stacked, start, stop), seeds_of(context, torch.arange(start, stop))
+        part, own = narrowed(stacked, start, stop), seeds_of(context, torch.arange(start, stop))
         outs.append(_call(net, params, part, inputs.chunk(start, stop), stop - start, plan, call, own))
     return joined(outs, lambda ts: torch.cat(evened(ts, -1, padding(net, inputs))))
 
@@ -135,7 +135,7 @@ def _call(net: Net, params: Params, stacked: Adapters, inputs: Inputs, n: int, p
         for i in range(n):
             given = [t.select(a, i) for t, a in zip(inputs.mapped, inputs.mapped_axes, strict=True)]
             args, kwargs = inputs.with_mapped(given)
-            outs.append(net.call(call, params, member_of(stacked, i), *args, context=seed_of(context, i), **kwargs))
+            outs.append(net.call(call, params, member(stacked, i), *args, context=seed_of(context, i), **kwargs))
         return joined(outs, lambda ts: torch.stack(evened(ts, -1, padding(net, inputs))))
     layout = Layout(((n, inputs.rows),))
     out = call_folded(net, params, [stacked], layout, inputs.folded(n), contexts=[context], places=plan.places, call=call)
@@ -147,20 +147,6 @@ def _apart(t: Tensor, axis: int | None, n: int) -> Tensor:
     if axis is None:
         return t.expand(n, *t.shape)
     return t.unflatten(axis, (n, t.shape[axis] // n)).movedim(axis, 0)
-
-
-def member_of(stacked: Adapters, i: int) -> Any:
-    """Returns one member as it acts in a stack: ranks stay padded."""
-    made = picked(stacked, [i])
-    taken = lambda tree: {p: {k: t[0] for k, t in leaves.items()} for p, leaves in tree.items()}  # noqa: E731
-    ones = tuple(a.replace(params=taken(a.params), consts=taken(a.consts)) for a in as_tuple(made))
-    return ones if isinstance(made, tuple) else ones[0]
-
-
-def _narrowed(stacked: Adapters, start: int, stop: int) -> Any:
-    cut = lambda tree: {p: {k: t[start:stop] for k, t in leaves.items()} for p, leaves in tree.items()}  # noqa: E731
-    made = tuple(a.replace(params=cut(a.params), consts=cut(a.consts)) for a in as_tuple(stacked))
-    return made if isinstance(stacked, tuple) else made[0]
 
 
 def padding(net: Net, inputs: Inputs) -> int:

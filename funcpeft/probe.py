@@ -24,7 +24,7 @@ from funcpeft.context import EVAL, Context
 from funcpeft.fold import FIRST, Folded, Layout, Places
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, OutAxes, split_rows
-from funcpeft.stacking import picked
+from funcpeft.stacking import member, picked
 from funcpeft.tree import Adapter, Adapters, as_tuple, tree_map
 from funcpeft.units import Place
 
@@ -104,14 +104,8 @@ def call_folded(
         return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs)
     except KeyError as e:
         if not torch.compiler.is_compiling():
-            net.explain(_first(groups[0]), e)
+            net.explain(member(groups[0], 0), e)
         raise
-
-
-def _first(stacked: Adapters) -> Any:
-    taken = lambda t: t[0]  # noqa: E731
-    ones = tuple(a.replace(params=tree_map(taken, a.params), consts=tree_map(taken, a.consts)) for a in as_tuple(stacked))
-    return ones if isinstance(stacked, tuple) else ones[0]
 
 
 def _by_row(net: Net, groups: Sequence[Adapters], layout: Layout) -> Any:
@@ -155,8 +149,8 @@ def probe(
             alone.run([one], Layout(((1, b),)), last.unflat(last.leaves), read)
         first = inputs.member(0)
         pair = _paired(first, last)
-        for name, member, row in zip(inputs.names, inputs.member_axes, inputs.row_axes, strict=True):
-            if member is not None and row is None:
+        for name, members_axis, row in zip(inputs.names, inputs.member_axes, inputs.row_axes, strict=True):
+            if members_axis is not None and row is None:
                 return _vmap_or_loop(net, params, two, pair, call, want, f"input {name} has members but no rows")
         if (inputs.mapped or routed) and (path := _chosen_by_length(net)) is not None:
             reason = f"{path!r} chooses its frequencies by the longest row of a batch"

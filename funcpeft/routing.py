@@ -22,9 +22,9 @@ from funcpeft.context import EVAL, Context
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
-from funcpeft.population import checked_members, member_of, padding, plan_of, seed_of, seeds_of, short
+from funcpeft.population import checked_members, padding, plan_of, seed_of, seeds_of, short
 from funcpeft.probe import Plan, call_folded
-from funcpeft.stacking import picked
+from funcpeft.stacking import member, picked
 from funcpeft.tree import Adapters
 
 _STRATEGIES = ("auto", "fold", "loop")
@@ -195,7 +195,7 @@ class _Call:
         args, kwargs = given = self.inputs.picked(torch.tensor(rows))
         if m < 0:
             return self._bare(given)
-        one, context = member_of(self.stacked, m), seed_of(self.context, m)
+        one, context = member(self.stacked, m), seed_of(self.context, m)
         return self.net.call(self.call, self.params, one, *args, context=context, **kwargs)
 
     def _row_axes(self, out: Any, more: Any, rows: int) -> list[int]:

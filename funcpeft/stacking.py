@@ -7,7 +7,7 @@ by the ``rank`` that every site carries. Equal frozen leaves are kept once, as a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcpeft import errors
-from funcpeft.tree import Adapter, Adapters, Leaves, Tree, as_tuple
+from funcpeft.tree import Adapter, Adapters, Leaves, Tree, as_tuple, tree_map
 
 
 def stack(adapters: Iterable[Adapters]) -> Any:
@@ -126,6 +126,21 @@ def picked(stacked: Adapters, index: Sequence[int] | Tensor, *, share: bool = Tr
     made = tuple(
         Adapter(_taken(a.params, index, share), _taken(a.consts, index, share), a.rank_axes) for a in as_tuple(stacked)
     )
+    return made if isinstance(stacked, tuple) else made[0]
+
+
+def narrowed(stacked: Adapters, start: int, stop: int) -> Any:
+    """Returns the members from ``start`` on and before ``stop``, as views."""
+    return _each(stacked, lambda t: t[start:stop])
+
+
+def member(stacked: Adapters, i: int) -> Any:
+    """Returns one member as it acts in a stack, as views: ranks stay padded."""
+    return _each(stacked, lambda t: t[i])
+
+
+def _each(stacked: Adapters, f: Callable[[Tensor], Tensor]) -> Any:
+    made = tuple(a.replace(params=tree_map(f, a.params), consts=tree_map(f, a.consts)) for a in as_tuple(stacked))
     return made if isinstance(stacked, tuple) else made[0]
 
 
