@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.utils._pytree as pytree
 import zoo
-from torch import Tensor, nn
+from herds import agree, leaves
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcpeft as fp
@@ -37,18 +37,6 @@ def both(name, method=None, quantized=False):
         n.init(params, seed=0)
     kw = {k: v.double() if v.is_floating_point() and name != "mixtral" else v for k, v in zoo.inputs(name).items()}
     return SimpleNamespace(nets=nets, models=(plain, remat), params=params, ads=ads, many=fp.stack(ads), kw=kw)
-
-
-def leaves(tree):
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def agree(got, want, tolerance=1e-10):
-    got, want = leaves(got), leaves(want)
-    assert len(got) == len(want)
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape
-        assert (g - w).abs().max() <= tolerance * (1 + w.abs().max())
 
 
 def loss(net, p, adapter, context=fp.Context(), **kw):  # noqa: B008  # immutable

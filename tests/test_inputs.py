@@ -3,40 +3,18 @@
 import copy
 import functools
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
 import zoo
-from torch import Tensor, nn
+from herds import LIN, agree, leaves, population
+from torch import nn
 
 import funcpeft as fp
 from funcpeft.methods import Full
 from funcpeft.population import PopulationWarning
 from funcpeft.stacking import members
-from funcpeft.testing.cases import perturbed
-
-LIN = fp.LoRA(r=2, target_modules=["lin"])
-
-
-def population(module, method=LIN, n=3):
-    model, params = fp.functionalize(module)
-    net = fp.adapt(model, method)
-    ads = [perturbed(net.init(params, seed=i), i, 0.3) for i in range(n)]
-    return SimpleNamespace(model=model, params=params, net=net, ads=ads, many=fp.stack(ads))
-
-
-def leaves(out):
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-
-
-def agree(got, want, tolerance=1e-10):
-    got, want = leaves(got), leaves(want)
-    assert len(got) == len(want)
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape
-        assert not w.numel() or (g.double() - w.double()).abs().max() <= tolerance * (1 + w.double().abs().max())
 
 
 class Net(nn.Module):
@@ -55,7 +33,7 @@ class Net(nn.Module):
 
 def net(n=3, rows=0):
     torch.manual_seed(0)
-    return population(Net(rows).double(), n=n)
+    return population(Net(rows).double(), members=n)
 
 
 def x_(*shape, seed=0):

@@ -1,45 +1,13 @@
 """Modules that read adapted parameters by themselves run whole for each member: values, rows elsewhere, loops, refusals."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-import torch.utils._pytree as pytree
 import zoo
-from torch import Tensor, nn
+from herds import agree, at, each, population
+from torch import nn
 
 import funcpeft as fp
 from funcpeft.fold import Folded, Layout
-from funcpeft.testing.cases import perturbed
-
-LIN = fp.LoRA(r=2, target_modules=["lin"])
-
-
-def leaves(out):
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-
-
-def agree(got, want, tolerance=1e-10):
-    got, want = leaves(got), leaves(want)
-    assert len(got) == len(want)
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape
-        assert not w.numel() or (g.double() - w.double()).abs().max() <= tolerance * (1 + w.double().abs().max())
-
-
-def population(module, method=LIN, members=3):
-    model, params = fp.functionalize(module)
-    net = fp.adapt(model, method)
-    ads = [perturbed(net.init(params, seed=i), i, 0.3) for i in range(members)]
-    return SimpleNamespace(model=model, params=params, net=net, ads=ads, many=fp.stack(ads))
-
-
-def each(p, xs, **kw):
-    return [p.net(p.params, a, x, **kw) for a, x in zip(p.ads, xs, strict=True)]
-
-
-def at(tree, i):
-    return pytree.tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, tree)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
