@@ -19,12 +19,13 @@ from torch import Tensor
 
 from funcpeft import errors
 from funcpeft.adapt import Net
+from funcpeft.calls import call_folded, call_vmapped
 from funcpeft.chunks import chunk, tokens
 from funcpeft.context import EVAL, Context
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
-from funcpeft.probe import UNPROBED, Plan, call_folded, call_vmapped, probe
+from funcpeft.probe import UNPROBED, Plan, probe
 from funcpeft.stacking import member, narrowed
 from funcpeft.tree import Adapters
 
@@ -198,6 +199,8 @@ def plan_of(
         return plan or UNPROBED
     if plan is None:
         plan = probe(net, params, stacked, probed(), n, call, routed=where == "apply_routed")
+        if plan.places.read:
+            net.prepare_stacked(params, plan.places.read)
         if plan.compared:
             net.plans[key] = plan
         elif strategy == "auto":

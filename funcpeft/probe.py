@@ -3,14 +3,15 @@
 The fold holds where rows stay one member's after the other and do not act on each other. A probe calls the net with one
 member's rows, with twice as many, and folded with two members whose leaves are moved at random; shapes at every site tell
 where rows are, and values whether they are independent. What a batch does beyond that (mixtures of experts that route
-tokens, relative biases, batch statistics, contrastive logits, losses) is found without a list of models. Imports inputs,
-adapt, fold, stacking.
+tokens, relative biases, batch statistics, contrastive logits, losses) is found without a list of models. Imports calls,
+inputs, fold, stacking.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from funcpeft import rng
 from funcpeft.adapt import Net
-from funcpeft.context import EVAL, Context
-from funcpeft.fold import FIRST, Folded, Layout, Places
+from funcpeft.calls import call_folded, call_vmapped
+from funcpeft.context import EVAL
+from funcpeft.fold import FIRST, Layout, Places
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, OutAxes, split_rows
-from funcpeft.stacking import member, picked
-from funcpeft.tree import Adapter, Adapters, as_tuple, tree_map
+from funcpeft.stacking import picked
+from funcpeft.tree import Adapters, as_tuple, tree_map
 from funcpeft.units import Place
 
 #: By how much leaves are moved for a probe, so that members differ and methods that start at the identity act.
@@ -57,70 +59,9 @@ class Plan:
 #: What is taken where nothing was probed, as inside a trace.
 UNPROBED = Plan("fold")
 
-#: Stands for a tensor among the leaves of an output.
-_TENSOR = object()
-
 
 class Unfoldable(Exception):
     """The fold does not hold; the message says where."""
-
-
-def call_folded(
-    net: Net,
-    params: Params,
-    groups: Sequence[Adapters],
-    layout: Layout,
-    inputs: tuple[Any, Any],
-    *,
-    contexts: Sequence[Context],
-    places: Places = FIRST,
-    call: str = "forward",
-    observe: Callable[..., None] | None = None,
-) -> Any:
-    """Calls a net for the rows of several groups of members, in one batch.
-
-    Args:
-        net: The net.
-        params: The base's leaves.
-        groups: One stack of members per group of the layout.
-        layout: Which rows are whose.
-        inputs: ``(args, kwargs)`` of the batch.
-        contexts: The context of each group; a seed tensor with an axis is one seed per member.
-        places: Where rows are at the sites.
-        call: Method of the module.
-        observe: Called at every site with its path and input.
-    """
-    args, kwargs = inputs
-    if not groups:
-        rest = net.model(params, *args, **kwargs) if call == "forward" else net.model.call(call, params, *args, **kwargs)
-        return rest
-    made = [net.attach_stacked(params, a, c) for a, c in zip(groups, contexts, strict=True)]
-    attached = dict(made[0])
-    for key in net.adapted_keys():
-        base = params[key] if key in params else params[net.model.ties[key]]
-        read = net.model.site(key).path in places.read
-        attached[key] = Folded(tuple(m[key] for m in made), base, layout, places, observe, read)
-    try:
-        return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs)
-    except KeyError as e:
-        if not torch.compiler.is_compiling():
-            net.explain(member(groups[0], 0), e)
-        raise
-
-
-def _by_row(net: Net, groups: Sequence[Adapters], layout: Layout) -> Any:
-    """Returns the leaves that methods of the call read, one per row of the batch."""
-    rows: list[Adapter] = []
-    for i, entry in enumerate(net.entries):
-        if not entry.method.wraps:
-            rows.append(Adapter())
-            continue
-        parts: list[Any] = []
-        for group, (_, count) in zip(groups, layout.groups, strict=True):
-            made = torch.func.vmap(entry.method.call_leaves)(as_tuple(group)[i].leaves(""))
-            parts.append({name: t.repeat_interleave(count, 0) for name, t in made.items()})
-        rows.append(Adapter({"": {name: torch.cat([p[name] for p in parts]) for name in parts[0]}}))
-    return tuple(rows) if len(rows) > 1 else rows[0]
 
 
 def probe(
@@ -218,12 +159,17 @@ def _checked(
     for i, want in enumerate(wants):
         if want is None:
             continue
-        one = lambda t, axis, i=i: t if axis is None else layout.cut(t, axis)[0].select(axis, i)  # noqa: E731
+        one = functools.partial(_rows_of, layout, i)
         found = _difference(pytree.tree_leaves(split_rows(got, outs, layout.rows, one, "probe")), want)
         if found is not None and found != _HIDDEN:
             raise Unfoldable(f"rows act on each other: {found}")
         compared &= found is None
     return Plan("fold", "", places, outs, compared)
+
+
+def _rows_of(layout: Layout, i: int, t: Tensor, axis: int | None) -> Tensor:
+    """Returns one member's part of an output."""
+    return t if axis is None else layout.cut(t, axis)[0].select(axis, i)
 
 
 def _vmap_or_loop(net: Net, params: Params, two: Any, both: Inputs, call: str, want: Any, reason: str) -> Plan:
@@ -237,25 +183,6 @@ def _vmap_or_loop(net: Net, params: Params, two: Any, both: Inputs, call: str, w
     if (leaf := _difference(halves, want)) not in (None, _HIDDEN):
         return Plan("loop", f"{reason}; under vmap {leaf}")
     return Plan("vmap", reason)
-
-
-def call_vmapped(net: Net, params: Params, stacked: Adapters, inputs: Inputs, context: Context, call: str = "forward") -> Any:
-    """Calls the whole model under ``vmap`` over members."""
-    spec: Any = None
-    rest: list[Any] = []
-    seeded = isinstance(context.seed, Tensor) and bool(context.seed.ndim)
-
-    def one(adapter: Adapters, context: Context, mapped: list[Any]) -> list[Tensor]:
-        nonlocal spec, rest
-        args, kwargs = inputs.with_mapped(mapped)
-        out = net.call(call, params, adapter, *args, context=context, **kwargs)
-        leaves, spec = pytree.tree_flatten(out)
-        rest = [_TENSOR if isinstance(t, Tensor) else t for t in leaves]
-        return [t for t in leaves if isinstance(t, Tensor)]
-
-    axes = [a for a in inputs.member_axes if a is not None]
-    made = iter(torch.func.vmap(one, in_dims=(0, 0 if seeded else None, axes))(stacked, context, inputs.mapped))
-    return pytree.tree_unflatten([next(made) if x is _TENSOR else x for x in rest], spec)
 
 
 class _Record:

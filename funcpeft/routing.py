@@ -18,12 +18,13 @@ from torch import Tensor
 
 from funcpeft import errors
 from funcpeft.adapt import Net
+from funcpeft.calls import call_folded
 from funcpeft.context import EVAL, Context
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
 from funcpeft.population import checked_members, padding, plan_of, seed_of, seeds_of, short
-from funcpeft.probe import Plan, call_folded
+from funcpeft.probe import Plan
 from funcpeft.stacking import member, picked
 from funcpeft.tree import Adapters
 
@@ -148,7 +149,10 @@ class _Call:
         else:
             out = self._folded(groups, contexts, routes.layout, self.inputs.picked(order))
         back = torch.argsort(order)
-        put = lambda t, axis: t if axis is None else _reordered(t, axis, back, rows)  # noqa: E731
+
+        def put(t: Tensor, axis: int | None) -> Tensor:
+            return t if axis is None else _reordered(t, axis, back, rows)
+
         return split_rows(out, self.plan.outs, rows, put, "apply_routed")
 
     def by_row(self, index: Tensor) -> Any:
@@ -250,9 +254,8 @@ def _reordered(t: Tensor, axis: int, back: Tensor, rows: int) -> Tensor:
 
 def _integers(index: Any) -> Tensor:
     """Returns an index as a tensor ``(rows,)`` of integers."""
-    whole = lambda i: isinstance(i, int) and not isinstance(i, bool)  # noqa: E731
     if not isinstance(index, Tensor):
-        if not isinstance(index, Sequence) or isinstance(index, str) or not all(whole(i) for i in index):
+        if not isinstance(index, Sequence) or isinstance(index, str) or any(type(i) is not int for i in index):
             found = type(index).__name__
             raise TypeError(errors.say("apply_routed", "index must hold integers", found, "pass a tensor or a list of ints"))
         index = torch.tensor(list(index), dtype=torch.int64)

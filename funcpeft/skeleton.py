@@ -2,21 +2,19 @@
 
 A skeleton has its parameters and buffers on the meta device. At a site whose weight is an expression it has no parameter but
 a stand-in: the layer's ``forward`` meets the expression, and any other reader sees shape, dtype and device, or the dense
-value, computed once per call. Imports fold, units, blocks,
-weights, layers, errors.
+value, computed once per call (``standins``). Imports standins, units, blocks, layers, errors.
 """
 
 from __future__ import annotations
 
 import copy
 import enum
-import functools
 import itertools
 import operator
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,189 +23,10 @@ from torch import Tensor, nn
 
 from funcpeft import errors, layers
 from funcpeft.blocks import Block, inside, make_block
-from funcpeft.fold import Folded
 from funcpeft.slots import held, put
+from funcpeft.standins import Binding, StandIn, mend_padding, site_class
 from funcpeft.units import Unit, make_unit
-from funcpeft.weights import Site, dense_pair, meet
-
-
-class _Binding:
-    """What a site's stand-in reads during one call: the expression, the bias, and how often it was met."""
-
-    __slots__ = ("bias", "expr", "met", "pair", "site")
-
-    def __init__(self, site: Site) -> None:
-        self.site, self.expr, self.bias, self.met, self.pair = site, None, None, 0, None
-
-    def bind(self, expr: Any, bias: Tensor | None) -> None:
-        self.expr, self.bias, self.met, self.pair = expr, bias, 0, None
-
-    def meet(self, x: Tensor) -> Tensor:
-        count, expr = self.met, self.expr
-        self.met = count + 1
-        if type(expr) is Folded:
-            return expr.meet(self.site, self.bias, x, count)
-        return meet(expr, self.site, self.bias, x, count)
-
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        if self.pair is None:
-            if self.expr is None:
-                raise AttributeError(errors.say(f"the weight at {self.site.path!r}", "it can be read during a call only"))
-            folded = isinstance(self.expr, Folded)
-            self.pair = self.expr.dense(self.site, self.bias) if folded else dense_pair(self.expr, self.bias)
-        return self.pair
-
-
-class _StandIn:
-    """Stands where a site's weight or bias was: cheap facts at once, the dense value for every other use.
-
-    It passes ``isinstance(weight, torch.Tensor)``. A tracer would take it for a tensor (and torch 2.13's swaps the operands of
-    ``weight @ x`` for any object like it), so traced skeletons have properties instead, and the graph drops what is not used.
-    """
-
-    __slots__ = ("_binding", "_which")
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]  # what a proxy is for
-
-    def __init__(self, binding: _Binding, which: int) -> None:
-        self._binding, self._which = binding, which
-
-    def _value(self) -> Any:
-        return self._binding.dense()[self._which]
-
-    def _source(self) -> Any:
-        return self._binding.bias if self._which else self._binding.expr
-
-    dtype = property(lambda self: self._source().dtype)
-    device = property(lambda self: self._source().device)
-    shape = property(lambda self: self._source().shape)
-    ndim = property(lambda self: len(self._source().shape))
-    is_meta = property(lambda self: self._source().device.type == "meta")
-    is_cuda = property(lambda self: self._source().device.type == "cuda")
-    _is_param = False
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def numel(self) -> int:
-        return self.shape.numel()
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # who probes for a protocol is told by the class
-            raise AttributeError(name)
-        return getattr(self._value(), name)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._value()[index]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._value())
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __bool__(self) -> bool:
-        return bool(self._value())
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return func(*(_plain(a) for a in args), **{k: _plain(v) for k, v in (kwargs or {}).items()})
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value with the stand-ins in it, also those in lists and tuples, made dense."""
-    kind = type(value)
-    if kind is _StandIn:
-        return value._value()
-    return kind(_plain(v) for v in value) if kind is list or kind is tuple else value
-
-
-def _operators() -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Yields the operators of a tensor that read its value, reflected ones too."""
-
-    def forward(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, *others: f(self._value(), *(_plain(o) for o in others))
-
-    def reflected(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda self, other: f(_plain(other), self._value())
-
-    for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
-        f = getattr(operator, name)
-        yield f"__{name}__", forward(f)
-        yield f"__r{name}__", reflected(f)
-    for name in ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
-        yield f"__{name}__", forward(getattr(operator, name))
-    yield "__float__", forward(float)
-    yield "__int__", forward(int)
-
-
-for _name, _f in _operators():
-    setattr(_StandIn, _name, _f)
-
-
-@functools.cache
-def _meeting(base: type) -> type:
-    """Makes the class whose ``forward`` takes the place of a layer class's own in the method resolution order."""
-
-    def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        return self.__dict__["_binding"].meet(*args, *kwargs.values())
-
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-
-
-def _bias_of(module: Any) -> Any:
-    binding = module.__dict__["_binding"]
-    return None if binding.site.bias is None else binding.dense()[1]
-
-
-#: What a site's weight and bias are where a tracer reads them.
-_TRACED = {"weight": property(lambda self: self.__dict__["_binding"].dense()[0]), "bias": property(_bias_of)}
-_CLASSES: dict[tuple[type, bool], type] = {}
-
-
-def _site_class(cls: type, base: type, traced: bool) -> type:
-    """Returns ``cls`` with ``base.forward`` replaced; a subclass that calls ``super().forward`` reaches it too."""
-    if (cls, traced) not in _CLASSES:
-        members = {"__module__": cls.__module__, **(_TRACED if traced else {})}
-        meeting = _meeting(base)
-        _CLASSES[cls, traced] = type(cls.__name__, (meeting,) if cls is base else (cls, meeting), members)
-    return _CLASSES[cls, traced]
-
-
-@functools.cache
-def _padded(base: type) -> type:
-    """Makes the class that looks up ids as its kind does, in place of ``torch.nn.Embedding`` with padding."""
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        return self.__dict__["_kind"].product(input, self.weight, None)
-
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-
-
-@functools.cache
-def _padded_class(cls: type, base: type) -> type:
-    bases = (_padded(base),) if cls is base else (cls, _padded(base))
-    return type(cls.__name__, bases, {"__module__": cls.__module__})
-
-
-def _mend_padding(module: nn.Module) -> None:
-    """Gives an embedding with padding its kind's product, whose gradient is right under ``vmap`` too."""
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        found = layers.kind_of(module)
-        if found is not None:
-            module.__class__ = _padded_class(type(module), found[1])
-            module.__dict__["_kind"] = found[0]
-
+from funcpeft.weights import Site
 
 #: What holds nothing that a call could write, or what every copy shares.
 _ATOMS = (
@@ -222,8 +41,8 @@ _ATOMS = (
         enum.Enum,
         weakref.ref,
         Tensor,
-        _StandIn,
-        _Binding,
+        StandIn,
+        Binding,
         Unit,
         Block,
         torch.dtype,
@@ -305,8 +124,8 @@ class Skeleton:
         self.tuples: list[tuple[Any, Any, list[Any], Any]] = []
         self.constants: dict[str, Tensor] = {}
         self.copied: set[str] = set()
-        self.bindings: dict[str, _Binding] = {}
-        self.sites: dict[str, tuple[_Binding, int]] = {}
+        self.bindings: dict[str, Binding] = {}
+        self.sites: dict[str, tuple[Binding, int]] = {}
         self._names: dict[int, str] = {}
         seen: dict[int, Any] = {}
         for _ in _holders(template, seen):  # what a copy shares with its original (loggers, say) is not its own
@@ -317,10 +136,10 @@ class Skeleton:
         holders = [h for m in modules.values() for h in _holders(m, seen)]
         for h, owner in holders:
             self._other_slots(h, owner)
-        self.hollow: list[tuple[dict[str, Any], str, _Binding, int]] = []
+        self.hollow: list[tuple[dict[str, Any], str, Binding, int]] = []
         placed: set[tuple[int, str]] = set()
         for m in {id(m): m for m in modules.values()}.values():
-            _mend_padding(m)
+            mend_padding(m)
         for owner, name, site in sites:
             placed |= self._place(modules[owner], name, site, traced)
         self.slots = [(h, i, key) for h, i, key in self.slots if (id(h), i) not in placed]
@@ -374,11 +193,11 @@ class Skeleton:
 
     def _place(self, module: nn.Module, name: str, site: Site, traced: bool) -> set[tuple[int, str]]:
         """Turns a layer into a site: stand-ins in place of its parameters, which are returned, ``forward`` meets."""
-        binding = self.bindings[site.weight] = _Binding(site)
+        binding = self.bindings[site.weight] = Binding(site)
         self.sites |= {k: (binding, which) for which, k in enumerate((site.weight, site.bias)) if k is not None}
         found = layers.kind_of(module)
         assert found is not None
-        module.__class__ = _site_class(type(module), found[1], traced)
+        module.__class__ = site_class(type(module), found[1], traced)
         module.__dict__["_binding"] = binding
         names = (name, "bias") if site.bias is not None else (name,)
         own: dict[str, Any] = module._parameters
@@ -386,13 +205,12 @@ class Skeleton:
             if traced:
                 self.hollow.append((own, n, binding, which))
             else:
-                own[n] = _StandIn(binding, which)
+                own[n] = StandIn(binding, which)
         return {(id(own), n) for n in names}
 
     def _units(self, modules: Mapping[str, nn.Module], read: list[Site]) -> list[Unit]:
         """Turns the modules that read folded weights by themselves into units; an inner one is part of the outer one."""
-        reader = lambda site: split(site.reader)[0] if site.met else site.reader  # noqa: E731
-        paths = {reader(site) for site in read}
+        paths = {split(site.reader)[0] if site.met else site.reader for site in read}
         outer = [p for p in sorted(paths) if not any(p != q and (not q or p.startswith(f"{q}.")) for q in paths)]
         made: list[Unit] = []
         for path in outer:

@@ -123,3 +123,31 @@ def all_finite(t: Tensor) -> bool:
         return bool(torch.isfinite(t).all())
     except RuntimeError:  # under vmap a value cannot steer Python; the check is left to the caller outside
         return True
+
+
+#: Stands for a tensor among the leaves of an output.
+_TENSOR = object()
+
+
+def map_members(f: Callable[..., tuple[list[Any], Any]], in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Any], Any]:
+    """Runs a function under ``vmap`` whose output may hold other things than tensors.
+
+    Args:
+        f: Returns the leaves of its output and their tree (torch's pytree, of which ``None`` is a leaf).
+        in_dims: As in ``torch.func.vmap``.
+        args: Arguments of ``f``.
+
+    Returns:
+        The leaves, tensors with a leading axis and anything else as ``f`` returned it, and their tree.
+    """
+    spec: Any = None
+    places: list[Any] = []
+
+    def tensors_of(*args: Any) -> list[Tensor]:
+        nonlocal spec, places
+        leaves, spec = f(*args)
+        places = [_TENSOR if isinstance(t, Tensor) else t for t in leaves]
+        return [t for t in leaves if isinstance(t, Tensor)]
+
+    made = iter(torch.func.vmap(tensors_of, in_dims=in_dims)(*args))
+    return [next(made) if x is _TENSOR else x for x in places], spec

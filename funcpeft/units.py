@@ -2,7 +2,8 @@
 
 A layer's ``forward`` meets its weight, and a folded weight sorts out the rows by itself. What reads adapted parameters in
 another way (norms, fused experts, ``MultiheadAttention``) is never handed a leaf with a member axis: its whole ``forward``
-runs once per member, under ``vmap`` or, where that fails, in a loop. Imports fold, slots, weights, caches, errors.
+runs once per member, under ``vmap`` or, where that fails, in a loop. Imports fold, slots, weights, tree,
+caches, errors.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from funcpeft import errors
 from funcpeft.caches import is_cache
 from funcpeft.fold import Folded, Layout, mapped, refuse, with_mapped
 from funcpeft.slots import held, put
+from funcpeft.tree import map_members
 from funcpeft.weights import Adapted, dense, dense_pair
 
 #: Where a key's tensor is in a skeleton: the collection, and the index in it.
 Slots = Mapping[str, Sequence[tuple[Any, Any]]]
-
-#: Stands for a tensor among the leaves of an output.
-_TENSOR = object()
 
 
 @dataclass(frozen=True)
@@ -177,26 +176,19 @@ class Unit:
 
 def _vmapped(call: Any, weights: _Weights, given: list[Any], place: Place, n: int) -> tuple[list[Any], Any]:
     """Runs a group's members under ``vmap``; outputs have the member axis before that of the rows."""
-    out_spec: Any = None
-    others: list[Any] = []
 
-    def one(tensors: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
-        nonlocal out_spec, others
+    def one(tensors: list[Tensor], rows: list[Tensor]) -> tuple[list[Any], Any]:
         left = iter(rows)
         leaves = [t if a is None else next(left) for t, a in zip(given, place.args, strict=True)]
-        found, out_spec = call(weights.of(tensors), leaves)
-        others = [_TENSOR if isinstance(t, Tensor) else t for t in found]
-        return [t for t in found if isinstance(t, Tensor)]
+        return call(weights.of(tensors), leaves)
 
     axes = [a for a in place.args if a is not None]
     rows = [t for t, a in zip(given, place.args, strict=True) if a is not None]
-    made = iter(torch.func.vmap(one, in_dims=(0, axes))(weights.tensors, rows))
-    outs: list[Any] = []
-    for i, other in enumerate(others):
-        axis = _out_axis(place, i)
-        outs.append(next(made) if other is _TENSOR else other)
-        if other is _TENSOR:
-            outs[-1] = outs[-1][0] if axis is None else outs[-1].movedim(0, axis)
+    outs, out_spec = map_members(one, (0, axes), weights.tensors, rows)
+    for i, t in enumerate(outs):
+        if isinstance(t, Tensor):
+            axis = _out_axis(place, i)
+            outs[i] = t[0] if axis is None else t.movedim(0, axis)
     return outs, out_spec
 
 

@@ -609,7 +609,7 @@ WITHOUT = {
     ("layers.py", "Kind.product"): "as above",
     ("layers.py", "Kind.map"): "as above",
     ("layers.py", "Kind.adjoint"): "as above",
-    ("skeleton.py", "_StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
+    ("standins.py", "StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
     ("__main__.py", "<module>"): "the exit code of the command",
 }
 
