@@ -25,6 +25,9 @@ from funcpeft.context import Context
 from funcpeft.tree import Adapter, Leaves, Tree
 from funcpeft.weights import Base, cast_leaves
 
+#: What a class changes its formula by; forms of an older formula that it inherits do not count then.
+_FORMULA = frozenset({"apply", "delta", "merge", "product"})
+
 #: What ``Method.factors`` gives of a leaf: two factors of its gradient, or the terms of a vector's.
 Factor = Tensor | tuple[Tensor, Tensor]
 
@@ -145,7 +148,7 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "apply" in vars(cls) and "apply_rows" not in vars(cls):  # the batched form is of the formula beside it
+        if _FORMULA & vars(cls).keys() and "apply_rows" not in vars(cls):  # the batched form is of the formula beside it
             cls.apply_rows = Method.apply_rows
 
     def __post_init__(self) -> None:
@@ -196,7 +199,10 @@ class Method:
 
     def _mapped(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         several = isinstance(context.seed, Tensor) and context.seed.ndim
-        one = lambda leaves, context, x: self.apply(leaves, base, x, context)  # noqa: E731
+
+        def one(leaves: Leaves, context: Context, x: Tensor) -> Tensor:
+            return self.apply(leaves, base, x, context)
+
         return torch.func.vmap(one, in_dims=(0, 0 if several else None, 0))(leaves, context, x)
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
@@ -283,7 +289,7 @@ class Method:
         for cls in type(self).__mro__:
             if "factors" in vars(cls):
                 return cls is not Method
-            if vars(cls).keys() & {"apply", "delta", "merge", "product"}:
+            if _FORMULA & vars(cls).keys():
                 return False
         return False
 

@@ -140,6 +140,19 @@ class FirstMembersLeaf(Plain):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchedOtherwise(Plain):
+    apply_rows = LoRA.apply_rows
+
+    def product(self, leaves, base, x):
+        return super().product(leaves, base, x) * 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubled(Plain):
+    """Correct: what changes the formula does not inherit the batched form of the old one."""
+
+    def delta(self, leaves, base):
+        return super().delta(leaves, base) * 2
+
     def product(self, leaves, base, x):
         return super().product(leaves, base, x) * 2
 
@@ -171,6 +184,11 @@ def test_the_law_catches_the_fault(faulty, law):
     with pytest.raises(Exception) as caught:  # noqa: PT011 # torch's own error counts for compiled and replay
         check_law(faulty(r=2, lora_alpha=6), law)
     assert law in ("compiled", "replay") or isinstance(caught.value, AssertionError)
+
+
+def test_a_changed_formula_is_batched_as_it_is():
+    check_law(Doubled(r=2, lora_alpha=6), "many")
+    check_law(Doubled(r=2, lora_alpha=6), "merge")
 
 
 def test_the_control_satisfies_every_law():

@@ -247,7 +247,7 @@ class AdapterModule(nn.Module):
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether blocks are recomputed in the backward pass."""
-        return getattr(self.net.model, "remat", False)
+        return bool(self.net.model.remat)
 
     @property
     def is_gradient_checkpointing(self) -> bool:

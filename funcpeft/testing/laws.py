@@ -188,8 +188,12 @@ def many(case: Case) -> None:
     got, alone = together(stacked), [b.out(m) for m in members]
     for i, want in enumerate(alone):
         _agree("many", case, tuple(g[i] for g in got), want, b.tolerance() * _size(want))
-    sums = lambda p: sum(loss(tuple(g[i] for g in together(stacked.replace(params=p)))) for i in range(3))  # noqa: E731
-    grads = torch.func.grad(sums)(stacked.params)
+
+    def total(params: Any) -> Any:
+        outs = together(stacked.replace(params=params))
+        return sum(loss(tuple(o[i] for o in outs)) for i in range(3))
+
+    grads = torch.func.grad(total)(stacked.params)
     for i, member in enumerate(members):
         for g, w in zip(pytree.tree_leaves(grads), pytree.tree_leaves(_grad(b, member)), strict=True):
             allowed = b.tolerance() * 100 * (_size((w,)) + _size(alone[i]) ** 2)
