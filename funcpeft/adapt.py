@@ -97,10 +97,8 @@ class Net:
             extra = {**needs, "facts": ModelFacts(self.model, params)} if entry.method.wraps else needs
             adapter = entry.method.init(bases, seed=seed, **extra)
             made.append(_cast(adapter, bases, self._half_or_not(params), dtype))
-        keys = self._expression_keys(params)
-        self.model.prepare(keys)
-        adapted = self.adapted_keys()
-        self.model.prepare(keys | adapted, adapted)
+        self.model.prepare(self._expression_keys(params))
+        self.prepare_stacked(params)
         return made[0] if len(made) == 1 else tuple(made)
 
     def bases(self, entry: Entry, params: Params) -> dict[str, Base]:
@@ -132,6 +130,12 @@ class Net:
             if not entry.method.takes_any:
                 keys |= {key for site in entry.sites.values() for key in (site.weight, *self._bound(entry.method, site))}
         return frozenset(keys)
+
+    def prepare_stacked(self, params: Params, read: frozenset[str] = frozenset()) -> None:
+        """Makes what a trace of a population's call needs; ``read`` are the paths of layers whose weight others read."""
+        adapted = self.adapted_keys()
+        keys = frozenset(k for k in adapted if self.model.site(k).path in read)
+        self.model.prepare(self._expression_keys(params) | adapted, adapted, keys)
 
     def adapted_keys(self) -> frozenset[str]:
         """Returns the keys of all weights that the net adapts, replaced ones included."""

@@ -147,7 +147,7 @@ class Folded:
         if self.observe is not None:
             self.observe(site.path, x)
         axis = self.places.at.get(site.path, 0) if self.places.at else 0
-        if not layout.alone:
+        if self.observe is None or not layout.alone:  # a probe's first calls are to be those of one member as they are
             if x.ndim <= axis or x.shape[axis] % layout.rows:
                 refuse(site.path, x, axis, layout)
             if axis == 0 and type(expr) is Adapted and isinstance(expr.base, _PLAIN) and type(bias) is not Folded:

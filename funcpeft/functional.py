@@ -152,23 +152,19 @@ class Model:
             raise errors.NameMissingError(errors.say(self.name, "a site must be a parameter of the model", repr(key), hint))
         return self._sites[key]
 
-    def prepare(
-        self, keys: frozenset[str], folded: frozenset[str] = frozenset(), read: Mapping[str, Any] | None = None
-    ) -> None:
+    def prepare(self, keys: frozenset[str], folded: frozenset[str] = frozenset(), read: frozenset[str] = frozenset()) -> None:
         """Makes what a trace needs for params whose expressions are at these keys; ``net.init`` does so.
 
-        ``folded`` are those of the keys that a population adapts, and ``read`` their leaves where some are read.
+        ``folded`` are those of the keys that a population adapts, ``read`` those of them that are read beside their layer.
         """
         form = keys, self._units(keys, folded, read)
         if form not in self._traced:
             self._traced[form] = self._make(form, traced=True)
 
-    def _units(self, keys: frozenset[str], folded: Iterable[str], read: Mapping[str, Any] | None = None) -> frozenset[str]:
+    def _units(self, keys: frozenset[str], folded: Iterable[str], read: frozenset[str]) -> frozenset[str]:
         """Returns the keys of folded weights that no layer meets, or not only, so that what reads them runs whole."""
         met, weight_of = self._met, self._weight_of
-        return frozenset(
-            [k for k in folded if (read is not None and read[k].read if k in met else weight_of.get(k) not in keys)]
-        )
+        return frozenset([k for k in folded if (k in read if k in met else weight_of.get(k) not in keys)])
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
@@ -234,7 +230,8 @@ class Model:
             if isinstance(leaf, Folded):
                 folded.append(key)
         expressions = frozenset(keys)
-        return expressions, self._units(expressions, folded, params) if folded else frozenset()
+        read = frozenset([k for k in folded if params[k].read])
+        return expressions, self._units(expressions, folded, read) if folded else frozenset()
 
     def _run_traced(
         self, s: Skeleton, target: Callable[[Any], Any], params: Params, args: Any, kwargs: Any, stateful: bool

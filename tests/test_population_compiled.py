@@ -2,16 +2,14 @@
 
 import copy
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.utils._pytree as pytree
 import zoo
-from torch import Tensor, nn
+from herds import agree, population
+from torch import nn
 
 import funcpeft as fp
-from funcpeft.testing.cases import perturbed
 
 
 @pytest.fixture(autouse=True)
@@ -23,23 +21,9 @@ def compiled(f):
     return torch.compile(f, fullgraph=True, backend="aot_eager")
 
 
-def population(module, method, members=3):
-    model, params = fp.functionalize(module)
-    net = fp.adapt(model, method)
-    ads = [perturbed(net.init(params, seed=i), i, 0.3) for i in range(members)]
-    return SimpleNamespace(model=model, params=params, net=net, ads=ads, many=fp.stack(ads))
-
-
 @functools.cache
 def double(name):
     return copy.deepcopy(zoo.model(name, 1)).double()
-
-
-def agree(got, want, tolerance=1e-10):
-    got, want = ([t for t in pytree.tree_leaves(o) if isinstance(t, Tensor)] for o in (got, want))
-    for g, w in zip(got, want, strict=True):
-        assert g.shape == w.shape
-        assert (g.double() - w.double()).abs().max() <= tolerance * (1 + w.double().abs().max())
 
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -169,3 +153,26 @@ def test_without_an_eager_call_before():
 
     got = compiled(f)(p.many, ids)
     agree(got, f(p.many, ids))
+
+
+class Reads(nn.Module):
+    """Meets a layer, and reads its weight beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.lin(x) @ self.lin.weight
+
+
+def test_a_weight_that_is_read_beside_its_layer():
+    p = population(nn.Sequential(Reads(), nn.Tanh()).double(), fp.LoRA(r=2, target_modules=["0.lin"]))
+    x = zoo.noise(3, 2, 6).double()
+
+    def f(many, x):
+        return fp.apply_many(p.net, p.params, many, x, strategy="fold")
+
+    want = torch.stack([p.net(p.params, a, x[i]) for i, a in enumerate(p.ads)])
+    agree(f(p.many, x), want)
+    agree(compiled(f)(p.many, x), want)
