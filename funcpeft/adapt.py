@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcpeft import errors, rng
-from funcpeft.context import EVAL, Context
+from funcpeft.context import EVAL, Context, from_inputs
 from funcpeft.entries import (
     Entry,
     Expected,
@@ -24,7 +25,9 @@ from funcpeft.entries import (
     fits,
     require_alive,
     require_known,
+    require_needs,
     require_shapes,
+    require_values,
 )
 from funcpeft.facts import ModelFacts
 from funcpeft.fold import Stacked
@@ -91,6 +94,7 @@ class Net:
 
     def _init(self, params: Params, seeds: Sequence[Any], dtype: torch.dtype | None, needs: Mapping[str, Any]) -> Any:
         self._check(params)
+        require_needs([e.method for e in self.entries], needs)
         made: list[Adapter] = []
         for entry, seed in zip(self.entries, seeds, strict=True):
             bases = self.bases(entry, params)
@@ -158,6 +162,7 @@ class Net:
         if not isinstance(context, Context):
             found, remedy = type(context).__name__, "pass Context(training=True, seed=step)"
             raise TypeError(errors.say("net", "context must be a Context", found, remedy))
+        require_values(self.methods, context)
         return self._attached(params, self._matched(adapter), context, stacked=False)
 
     def attach_stacked(self, params: Params, stacked: Adapters, context: Context = EVAL) -> Params:
@@ -267,26 +272,33 @@ class Net:
         return self._call(method, params, adapter, args, kwargs, context)
 
     def _call(self, name: str, params: Params, adapter: Adapters, args: Any, kwargs: Any, context: Context) -> Any:
+        if isinstance(context, Context):  # else attach refuses it
+            kwargs, mapped = from_inputs(kwargs)
+            context = replace(context, values={**context.values, **mapped})  # a dict of this call's own
         try:
-            return self.call_attached(name, self.attach(params, adapter, context), adapter, args, kwargs)
+            attached = self.attach(params, adapter, context)
+            return self.call_attached(name, attached, adapter, args, kwargs, context.values)
         except (KeyError, RuntimeError) as e:
             if not torch.compiler.is_compiling():
                 self.explain(adapter, e)
             raise
 
-    def call_attached(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any) -> Any:
-        """Calls a method of the module with what ``attach`` returned; of ``adapter`` only leaves of the call are read."""
+    def call_attached(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any, values: Any = None) -> Any:
+        """Calls a method of the module with what ``attach`` returned; of ``adapter`` only leaves of the call are read.
+
+        ``values`` is the dict that the contexts of ``attached`` hold, which methods of the call may set in between.
+        """
         if any(e.method.wraps for e in self.entries):
-            return self._wrapped(name, attached, adapter, args, kwargs)
+            return self._wrapped(name, attached, adapter, args, kwargs, values)
         return self.model(attached, *args, **kwargs) if name == "forward" else self.model.call(name, attached, *args, **kwargs)
 
-    def _wrapped(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any) -> Any:
+    def _wrapped(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any, values: Any) -> Any:
         if name not in ("forward", "generate"):
             raise ValueError(errors.one_of("net.call", "method", name, ("forward", "generate")))
         if args:
             signature = inspect.signature(getattr(self.model.root, name))
             kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
-        facts = ModelFacts(self.model, attached)
+        facts = ModelFacts(self.model, attached, values)
         call: Any = functools.partial(facts.call, name)
         for entry, one in zip(self.entries, as_tuple(adapter), strict=True):
             if entry.method.wraps:
@@ -308,6 +320,35 @@ class Net:
                     if name not in given or not fits(t.shape, given[name].shape, axes.get(name)):
                         rule = f"leaf {name!r} of {entry.method.label} must have shape {tuple(t.shape)}"
                         raise TypeError(errors.say(f"adapter at {path!r}", rule, found, "make it with net.init")) from error
+
+    # -- terms of training -------------------------------------------------------------------------------------------------
+
+    def penalty(self, adapter: Adapters, context: Context = EVAL) -> Tensor:
+        """Sums the regularisers of the net's methods over an adapter: a 0-d tensor, zero for methods without one.
+
+        Never part of a call's output; add it to the loss yourself.
+        """
+        given = self._matched(adapter)
+        context = replace(context, values={})
+        return torch.stack(
+            [e.method.penalty(one, context.at(i)) for i, (e, one) in enumerate(zip(self.entries, given, strict=True))]
+        ).sum()
+
+    def project(self, params: Params, grads: Any, adapter: Adapters) -> Any:
+        """Returns gradients as the net's methods want them stepped; unchanged for methods that do not say.
+
+        Args:
+            params: The base's leaves.
+            grads: Gradients of ``adapter.params``, as ``value_and_grad`` returns them; a tuple for several methods.
+            adapter: The adapter they are of.
+        """
+        trees = grads if isinstance(grads, tuple) else (grads,)
+        made: list[Any] = []
+        for entry, one, tree in zip(self.entries, self._matched(adapter), trees, strict=True):
+            bases = self.bases(entry, params)
+            new = {p: entry.method.project(g, entry.leaves(one, p), bases[p]) if p in bases else g for p, g in tree.items()}
+            made.append(new)
+        return tuple(made) if isinstance(grads, tuple) else made[0]
 
     # -- merging ---------------------------------------------------------------------------------------------------------
 

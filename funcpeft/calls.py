@@ -7,6 +7,7 @@ stacking, tree.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from funcpeft.adapt import Net
-from funcpeft.context import Context
+from funcpeft.context import Context, from_inputs
 from funcpeft.fold import FIRST, Folded, Layout, Places
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs
@@ -48,16 +49,17 @@ def call_folded(
         observe: Called at every site with its path and input.
     """
     args, kwargs = inputs
+    kwargs, values = from_inputs(kwargs)
     if not groups:
         return net.model.call(call, params, *args, **kwargs)
-    made = [net.attach_stacked(params, a, c) for a, c in zip(groups, contexts, strict=True)]
+    made = [net.attach_stacked(params, a, replace(c, values=values)) for a, c in zip(groups, contexts, strict=True)]
     attached = dict(made[0])
     for key in net.adapted_keys():
         base = params[key] if key in params else params[net.model.ties[key]]
         read = net.model.site(key).path in places.read
         attached[key] = Folded(tuple(m[key] for m in made), base, layout, places, observe, read)
     try:
-        return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs)
+        return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs, values)
     except KeyError as e:
         if not torch.compiler.is_compiling():
             net.explain(member(groups[0], 0), e)

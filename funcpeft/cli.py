@@ -140,9 +140,8 @@ def methods_table() -> Any:
     for name in methods.__all__:
         cls = getattr(methods, name)
         about = (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2].rstrip(".")
-        wraps = hasattr(cls, "wrap")
         facts = (_merges(cls, "merge"), _merges(cls, "unmerge"), cls.additive)
-        kinds = "the call" if wraps else "any" if cls.takes_any else ", ".join(sorted(cls.kinds))
+        kinds = "the call" if not cls.kinds else "any" if cls.takes_any else ", ".join(sorted(cls.kinds))
         table.add_row(name, about, kinds, *("yes" if f else "" for f in facts))
     return table
 

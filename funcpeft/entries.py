@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from funcpeft import errors, targets
+from funcpeft.context import Context
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model
 from funcpeft.method import Method
@@ -72,11 +73,9 @@ def entries_of(model: Model, method: Method) -> Iterator[Entry]:
     method = method.resolve(
         lambda family, field: targets.default_targets(model, family, method.label, field) if known else None
     )
-    if method.wraps:
+    if method.wraps and hasattr(method, "check_model"):
         method.check_model(ModelFacts(model, {}))  # type: ignore[attr-defined]
-        yield Entry(method, {})
-    else:
-        yield Entry(method, targets.sites_of(model, method))
+    yield Entry(method, targets.sites_of(model, method) if method.sited else {})
     if method.modules_to_save:
         full = Full(target_modules=method.modules_to_save)
         yield Entry(full, targets.sites_of(model, full), "modules_to_save")
@@ -107,6 +106,24 @@ def bias_keys(model: Model, method: Method, *, every: bool) -> tuple[str, ...]:
     if not keys:
         raise errors.NoMatchError(errors.say(method.label, "bias must find a bias to train", "none", "use bias='none'"))
     return keys
+
+
+def require_needs(methods: Sequence[Method], needs: Mapping[str, object]) -> None:
+    """Raises ``TypeError`` for something that no method's init takes: it would be ignored in silence."""
+    known = {"facts", "inference_mode", *(name for m in methods for name in m.needs)}
+    for name in needs.keys() - known:
+        own = sorted(known - {"facts", "inference_mode"})
+        rule = f"init of {', '.join(m.label for m in methods)} takes {own or 'nothing'} beyond the base"
+        raise TypeError(errors.say("init", rule, repr(name), errors.nearest(name, own)))
+
+
+def require_values(methods: Sequence[Method], context: Context) -> None:
+    """Raises ``ValueError`` for a value of the call that no method reads."""
+    if context.values:
+        known = sorted({name for m in methods for name in m.context_names})
+        for name in context.values.keys() - set(known):
+            rule = f"values must be those that the net's methods read, {known}"
+            raise ValueError(errors.say("context", rule, repr(name), errors.nearest(name, known)))
 
 
 Expected = dict[str, dict[str, tuple[torch.Size, int | None]]]

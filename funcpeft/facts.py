@@ -33,13 +33,15 @@ TASKS: dict[str, tuple[str, ...]] = {
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 Step = Callable[[dict[str, Any]], dict[str, Any]]
+Around = Callable[..., Any]
 
 
 class ModelFacts:
     """Reads a model's config on demand; a fact that the config does not have raises an error that names it."""
 
-    def __init__(self, model: Model, params: Mapping[str, Any]) -> None:
+    def __init__(self, model: Model, params: Mapping[str, Any], values: dict[str, Tensor] | None = None) -> None:
         self._model, self._params = model, params
+        self._values = {} if values is None else values  # those that the contexts of this call hold
         config = model.config
         self.config: Any = getattr(config, "text_config", config)
 
@@ -164,18 +166,57 @@ class ModelFacts:
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
-    def call(self, name: str, /, *, steps: Sequence[Step] = (), **kwargs: Any) -> Any:
+    def call(
+        self,
+        name: str,
+        /,
+        *,
+        steps: Sequence[Step] = (),
+        forwards: Sequence[Around] = (),
+        values: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Calls a method of the model, as methods that wrap the call need it.
 
         Args:
             name: ``"forward"`` or ``"generate"``.
             steps: Functions that rewrite, in order, what every step of ``generate`` is prepared from: its keyword
                 arguments of ``prepare_inputs_for_generation``. Nothing else of ``generate`` sees the rewriting.
+            forwards: Functions that run around the model's forward, the last outermost, also around each one inside of
+                ``generate``: they get a forward, which takes ``values`` too, and its keyword arguments.
+            values: Values of the context during this call, beside those it has.
             kwargs: The model's own inputs. A cache goes to the backbone if only that takes one.
         """
-        params, cache = dict(self._params), kwargs.get("past_key_values")
+        if values is not None:
+            return self._with(values, functools.partial(self.call, name, steps=steps, forwards=forwards), **kwargs)
         if name == "generate":
-            return self._model.run(lambda m: functools.partial(_generate, m, tuple(steps)), params, (), kwargs)[0]
+            run = functools.partial(_generate, steps=tuple(steps), around=functools.partial(self._around, tuple(forwards)))
+            return self._model.run(lambda m: functools.partial(run, m), dict(self._params), (), kwargs)[0]
+        return self._around(tuple(forwards), self._forward)(**kwargs)
+
+    def _with(self, values: Mapping[str, Tensor], function: Callable[..., Any], /, **kwargs: Any) -> Any:
+        """Calls a function while the call's contexts hold further values."""
+        before = dict(self._values)
+        self._values.update(values)
+        try:
+            return function(**kwargs)
+        finally:
+            self._values.clear()
+            self._values.update(before)
+
+    def _around(self, forwards: Sequence[Around], forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a forward with functions around it."""
+
+        def valued(*, values: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
+            return forward(**kwargs) if values is None else self._with(values, forward, **kwargs)
+
+        made: Callable[..., Any] = valued
+        for f in forwards:
+            made = functools.partial(f, made)
+        return made
+
+    def _forward(self, **kwargs: Any) -> Any:
+        params, cache = dict(self._params), kwargs.get("past_key_values")
         if cache is None or _takes(self._model.root, "past_key_values"):
             return self._model(params, **kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "past_key_values"}
@@ -258,8 +299,13 @@ def _instead(module: nn.Module, name: str, function: Callable[..., Any]) -> Iter
         del module.__dict__[name]
 
 
-def _generate(module: Any, steps: Sequence[Step], **kwargs: Any) -> Any:
-    prepare = module.prepare_inputs_for_generation
+def _generate(module: Any, *, steps: Sequence[Step], around: Callable[..., Any], **kwargs: Any) -> Any:
+    prepare, forward = module.prepare_inputs_for_generation, module.forward
+    wrapped = around(forward)
+
+    @functools.wraps(forward)  # generate reads the signature here too
+    def run(**given: Any) -> Any:
+        return wrapped(**given)
 
     @functools.wraps(prepare)  # generate reads the signature to validate its keywords
     def prepared(input_ids: Tensor, **given: Any) -> Any:
@@ -268,7 +314,7 @@ def _generate(module: Any, steps: Sequence[Step], **kwargs: Any) -> Any:
             input_ids = given.pop("input_ids")
         return prepare(input_ids, **given)
 
-    with _instead(module, "prepare_inputs_for_generation", prepared):
+    with _instead(module, "prepare_inputs_for_generation", prepared), _instead(module, "forward", run):
         return module.generate(**kwargs)
 
 

@@ -137,6 +137,17 @@ class Folded:
             self.observe(site.path, None)
         return dense_pair(member(self.groups[0], 0), member(bias.groups[0] if isinstance(bias, Folded) else bias, 0))
 
+    def _values(self) -> list[dict[str, Tensor]]:
+        """Returns the values of the call by group, with a leading axis of members; rows are on their first axis."""
+        values = self.groups[0].context.values if isinstance(self.groups[0], Adapted) else {}
+        cut = {name: self.layout.cut(t, 0) for name, t in values.items()}
+        return [{name: parts[i] for name, parts in cut.items()} for i in range(len(self.groups))]
+
+    def _contexts(self) -> list[Any]:
+        if not self.groups[0].context.values:
+            return [e.context for e in self.groups]
+        return [replace(e.context, values=v) for e, v in zip(self.groups, self._values(), strict=True)]
+
     def meet(self, site: Site, bias: Any, x: Tensor, occurrence: int) -> Tensor:
         """Computes a layer's output for the rows of all members.
 
@@ -151,16 +162,20 @@ class Folded:
             if x.ndim <= axis or x.shape[axis] % layout.rows:
                 refuse(site.path, x, axis, layout)
             if axis == 0 and type(expr) is Adapted and isinstance(expr.base, _PLAIN) and type(bias) is not Folded:
-                groups = [(e.leaves, e.context.at(site.salt, occurrence)) for e in self.groups]
+                contexts = self._contexts()
+                groups = [(e.leaves, c.at(site.salt, occurrence)) for e, c in zip(self.groups, contexts, strict=True)]
                 base = Base(site, expr.base, bias, occurrence, None, expr.leaves)
                 y = expr.method.apply_rows(groups, base, x, layout)
                 wanted = output_dtype(expr, site, x)
                 return y if y.dtype == wanted else y.to(wanted)
         biases = (*bias.groups, bias.base) if isinstance(bias, Folded) else (bias,) * (len(self.groups) + 1)
+        groups = self.groups
+        if isinstance(expr, Adapted) and expr.context.values:
+            groups = tuple(_valued(e, v) for e, v in zip(groups, self._values(), strict=True))
         if layout.alone:
-            return meet(member(expr, 0), site, member(biases[0], 0), x, occurrence)
+            return meet(member(groups[0], 0), site, member(biases[0], 0), x, occurrence)
         parts = self.layout.cut(x, axis)
-        out = [_meet_group(e, b, site, p, axis, occurrence) for e, b, p in zip(self.groups, biases, parts, strict=False)]
+        out = [_meet_group(e, b, site, p, axis, occurrence) for e, b, p in zip(groups, biases, parts, strict=False)]
         if self.layout.rest:
             out.append(meet(self.base, site, biases[-1], parts[-1], occurrence))
         return self.layout.joined(out, axis)
@@ -199,6 +214,7 @@ def mapped(expr: Any) -> Iterator[Tensor]:
         yield from expr.leaves.values()
         if isinstance(expr.context.seed, Tensor) and expr.context.seed.ndim:
             yield expr.context.seed
+        yield from expr.context.values.values()
 
 
 def with_mapped(expr: Any, tensors: Iterator[Tensor]) -> Any:
@@ -211,7 +227,16 @@ def with_mapped(expr: Any, tensors: Iterator[Tensor]) -> Any:
     leaves = {name: next(tensors) for name in expr.leaves}
     several = isinstance(expr.context.seed, Tensor) and bool(expr.context.seed.ndim)
     context = replace(expr.context, seed=next(tensors)) if several else expr.context
+    if context.values:
+        context = replace(context, values={name: next(tensors) for name in context.values})
     return Adapted(base, expr.site, expr.method, leaves, context)
+
+
+def _valued(expr: Any, values: dict[str, Tensor]) -> Any:
+    """Returns an expression in whose contexts the call's values are those of a group."""
+    if not isinstance(expr, Adapted):
+        return expr
+    return Adapted(_valued(expr.base, values), expr.site, expr.method, expr.leaves, replace(expr.context, values=values))
 
 
 def member(expr: Any, index: int) -> Any:

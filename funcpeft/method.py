@@ -12,65 +12,26 @@ give ``init_site`` and ``merge`` (or ``delta``), and hand an instance to ``funcp
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from funcpeft import errors, rng
-from funcpeft.context import Context
+from funcpeft.context import EVAL, Context
+from funcpeft.fields import FrozenDict, by_pattern, freeze, pattern_matches, thaw
 from funcpeft.tree import Adapter, Leaves, Tree
 from funcpeft.weights import Base, cast_leaves
+
+__all__ = ["Additive", "Factor", "Facts", "FrozenDict", "Method", "by_pattern", "freeze", "pattern_matches", "thaw"]
 
 #: What a class changes its formula by; forms of an older formula that it inherits do not count then.
 _FORMULA = frozenset({"apply", "delta", "merge", "product"})
 
 #: What ``Method.factors`` gives of a leaf: two factors of its gradient, or the terms of a vector's.
 Factor = Tensor | tuple[Tensor, Tensor]
-
-
-class FrozenDict(dict[str, Any]):
-    """A dict that hashes and does not change; the form in which methods keep their patterns."""
-
-    def __hash__(self) -> int:  # type: ignore[override]  # dict declares __hash__ = None, which is what this mends
-        return hash(tuple(self.items()))
-
-    def _refuse(self, *args: object, **kwargs: object) -> Any:
-        raise TypeError("FrozenDict: a method's fields do not change; make another method with dataclasses.replace.")
-
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # type: ignore[assignment]
-
-    def __reduce__(self) -> Any:
-        return FrozenDict, (dict(self),)
-
-
-def freeze(value: Any) -> Any:
-    """Returns lists as tuples, sets as sorted tuples and dicts as ``FrozenDict``, at any depth."""
-    if isinstance(value, Mapping):
-        return FrozenDict({k: freeze(v) for k, v in value.items()})
-    if isinstance(value, set | frozenset):
-        return tuple(sorted(value))
-    return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def thaw(value: Any) -> Any:
-    """Inverts ``freeze`` as far as JSON goes: tuples become lists, frozen dicts become dicts."""
-    if isinstance(value, Mapping):
-        return {k: thaw(v) for k, v in value.items()}
-    return [thaw(v) for v in value] if isinstance(value, tuple) else value
-
-
-def pattern_matches(pattern: str, path: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` names a path: it matches whole, or after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
-
-
-def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Returns the value of the first pattern that names the path, else the default."""
-    return next((value for key, value in patterns.items() if pattern_matches(key, path)), default)
 
 
 class Facts(Protocol):
@@ -117,7 +78,7 @@ class Method:
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
     #: From leaf names to peft's keys after the module path; ``{kind: ...}`` entries override per layer kind.
     keys: ClassVar[Mapping[str, Any]] = {}
-    #: From names of shared leaves to peft's keys after ``base_model.``.
+    #: From names of shared leaves to peft's keys after ``base_model.``, in which ``{scope}`` stands for the scope.
     shared_keys: ClassVar[Mapping[str, str]] = {}
     #: Leaves whose size along an axis, counted from the end, is the rank.
     rank_axes: ClassVar[Mapping[str, int]] = {}
@@ -129,8 +90,8 @@ class Method:
     peft_lacks: ClassVar[tuple[str, ...]] = ()
     #: Whether merging twice equals merging the sum of the updates.
     additive: ClassVar[bool] = False
-    #: Whether ``apply`` avoids the dense base weight.
-    weight_free: ClassVar[bool] = False
+    #: Whether ``apply`` avoids the dense base weight: at all kinds of layers, or those named.
+    weight_free: ClassVar[bool | frozenset[str]] = False
     #: Whether a fresh adapter changes nothing.
     identity_at_init: ClassVar[bool] = True
     #: Whether its leaves depend on which other sites there are.
@@ -143,6 +104,18 @@ class Method:
     leaf_names: ClassVar[tuple[str, ...]] = ()
     #: For methods that replace parameters: what stands between module and parameter in peft's keys.
     file_infix: ClassVar[str] = ""
+    #: peft's keys that a file may lack; what init makes then stands.
+    optional_keys: ClassVar[tuple[str, ...]] = ()
+    #: What ``init`` takes beyond the base, by name; all of it may be absent where a file is read (``inference_mode``).
+    needs: ClassVar[tuple[str, ...]] = ()
+    #: Values of the call that ``apply`` or ``wrap`` read (``Context.values``).
+    context_names: ClassVar[tuple[str, ...]] = ()
+    #: The value of ``bias`` that trains the targets' biases, for methods that have the field.
+    bias_only: ClassVar[str] = ""
+    #: Trainable numbers at a linear layer: a Python expression over ``out``, ``in_`` and the fields; ``""`` if there is none.
+    size: ClassVar[str] = ""
+    #: Trainable numbers that all sites share, likewise, without ``out`` and ``in_``.
+    size_shared: ClassVar[str] = "0"
     #: Laws that cannot hold, each with the reason.
     waived: ClassVar[Mapping[str, str]] = {}
 
@@ -198,12 +171,13 @@ class Method:
         return layout.joined([*outs, base(parts[-1])] if layout.rest else outs, 0)
 
     def _mapped(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        several = isinstance(context.seed, Tensor) and context.seed.ndim
+        several = 0 if isinstance(context.seed, Tensor) and context.seed.ndim else None
 
-        def one(leaves: Leaves, context: Context, x: Tensor) -> Tensor:
-            return self.apply(leaves, base, x, context)
+        def one(leaves: Leaves, seed: Any, values: Any, x: Tensor) -> Tensor:
+            return self.apply(leaves, base, x, replace(context, seed=seed, values=values))
 
-        return torch.func.vmap(one, in_dims=(0, 0 if several else None, 0))(leaves, context, x)
+        in_dims = (0, several, 0 if context.values else None, 0)
+        return torch.func.vmap(one, in_dims=in_dims)(leaves, context.seed, dict(context.values), x)
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         """Returns the base with the effective weight and bias."""
@@ -238,6 +212,14 @@ class Method:
         """
         return {}
 
+    def penalty(self, adapter: Adapter, context: Context = EVAL) -> Tensor:
+        """Computes the method's regulariser of a whole adapter, a 0-d tensor; users add it to their loss themselves."""
+        return torch.zeros(())
+
+    def project(self, grads: Leaves, leaves: Leaves, base: Base) -> Leaves:
+        """Returns the gradients of one site's trained leaves as the method wants them stepped; by default as they are."""
+        return grads
+
     def scopes(self, sites: Mapping[str, Base]) -> Mapping[str, tuple[str, ...]]:
         """Says, by site, in which scopes its shared leaves live."""
         return {path: ("",) for path in sites}
@@ -257,6 +239,14 @@ class Method:
     def examples(cls) -> tuple[Method, ...]:
         """Returns small instances, one per variant of the formula, on which the laws are checked."""
         return (cls(),)
+
+    def sample_needs(self, sites: Mapping[str, Base], seed: int) -> dict[str, Any]:
+        """Returns made-up ``needs`` of ``init``, for the laws."""
+        return {}
+
+    def sample_values(self, rows: int) -> dict[str, Tensor]:
+        """Returns made-up values of a call on so many rows, for the laws."""
+        return {}
 
     def resolve(self, default: Callable[[str, str], Any]) -> Self:
         """Returns the method with fields filled that depend on the architecture.
@@ -295,8 +285,17 @@ class Method:
 
     @property
     def wraps(self) -> bool:
-        """Whether the method wraps the call (prompts) rather than weights."""
+        """Whether the method wraps the call."""
         return hasattr(self, "wrap")
+
+    @property
+    def sited(self) -> bool:
+        """Whether the method acts at sites; prompts do not."""
+        return bool(self.kinds)
+
+    def lean(self, kind: str) -> bool:
+        """Whether ``apply`` avoids the dense base weight at layers of a kind."""
+        return self.weight_free if isinstance(self.weight_free, bool) else kind in self.weight_free
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON-able values, with the method's name under ``"method"``."""
@@ -313,7 +312,12 @@ class Method:
         return cls(**given)
 
     def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
-        """Returns one site's tensors under peft's keys (after the module path); ``base`` is ``None`` for a call's leaves."""
+        """Returns one site's tensors under peft's keys (after the module path).
+
+        Args:
+            base: The layer, of which only static facts are known; ``None`` for a call's leaves.
+            leaves: The leaves at the site and those that it shares.
+        """
         keys = self._keys(base)
         return {keys[name]: t for name, t in leaves.items() if name in keys}
 
@@ -321,6 +325,20 @@ class Method:
         """Inverts ``to_peft``."""
         names = {key: name for name, key in self._keys(base).items()}
         return {names[key]: t for key, t in tensors.items()}
+
+    def to_peft_shared(self, scope: str, leaves: Leaves) -> dict[str, Tensor]:
+        """Returns the tensors of one scope under peft's keys (after ``base_model.``)."""
+        keys = self._shared_keys(scope)
+        return {keys[name]: t for name, t in leaves.items() if name in keys}
+
+    def from_peft_shared(self, scope: str, tensors: Mapping[str, Tensor]) -> Leaves:
+        """Inverts ``to_peft_shared``."""
+        names = {key: name for name, key in self._shared_keys(scope).items()}
+        return {names[key]: t for key, t in tensors.items()}
+
+    def _shared_keys(self, scope: str) -> dict[str, str]:
+        kept = getattr(self, "save_projection", True)
+        return {name: key.replace("{scope}", scope) for name, key in self.shared_keys.items()} if kept else {}
 
     def _keys(self, base: Base | None) -> dict[str, str]:
         own = self.keys.get(base.kind.name) if base is not None else None
@@ -341,6 +359,23 @@ class Method:
         """Raises ``ValueError`` naming the method and the field unless ``ok``."""
         if not ok:
             raise ValueError(errors.say(self.label, f"{field} must be {rule}", repr(found), remedy))
+
+    def require_positive(self, *fields: str) -> None:
+        """Raises ``ValueError`` unless these fields are positive integers."""
+        for name in fields:
+            v = getattr(self, name)
+            self.require(isinstance(v, int) and not isinstance(v, bool) and v > 0, name, "a positive integer", v)
+
+    def require_probability(self, *fields: str) -> None:
+        """Raises ``ValueError`` unless these fields are in [0, 1)."""
+        for name in fields:
+            v = getattr(self, name)
+            self.require(isinstance(v, int | float) and 0 <= v < 1, name, "in [0, 1)", v)
+
+    def require_bias(self) -> None:
+        """Raises ``ValueError`` unless ``bias`` says which biases are trained."""
+        bias: Any = getattr(self, "bias", "none")
+        self.require(bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", bias)
 
     def require_at(self, ok: bool, base: Base, rule: str, found: object, remedy: str = "") -> None:
         """Raises ``ValueError`` naming the method and the site unless ``ok``."""

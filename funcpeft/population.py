@@ -21,7 +21,8 @@ from funcpeft import errors
 from funcpeft.adapt import Net
 from funcpeft.calls import call_folded, call_vmapped
 from funcpeft.chunks import chunk, tokens
-from funcpeft.context import EVAL, Context
+from funcpeft.context import EVAL, Context, as_inputs
+from funcpeft.entries import require_values
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
@@ -68,7 +69,8 @@ def apply_many(
             them that is right for this model, with a warning that says why if it is not the fold.
         chunk_size: Members that are folded at a time; ``"auto"`` takes about 4096 tokens, ``None`` takes all.
         call: Method of the module: ``"forward"`` or ``"generate"``. Generated ids are padded at their end.
-        context: Training flag and seed; a seed tensor ``(N,)`` is one per member.
+        context: Training flag and seed; a seed tensor ``(N,)`` is one per member. Its values are mapped as the inputs are,
+            under the names ``context.<name>`` in ``in_dims`` and ``batch_dims``.
         kwargs: The model's keyword inputs.
 
     Returns:
@@ -94,6 +96,9 @@ def apply_many(
         torch.Size([5, 2, 3])
     """
     n = checked_members("apply_many", net, stacked, strategy, call, context, STRATEGIES)
+    require_values(net.methods, context)
+    context, values = as_inputs(context)
+    kwargs = {**kwargs, **values}
     read = functools.partial(inputs_of, "apply_many", in_dims=in_dims, batch_dims=batch_dims, members=n)
     inputs = read(args, kwargs)
     size = _chunk(chunk_size, inputs, n)
@@ -117,10 +122,12 @@ def plan_many(
     in_dims: Any = 0,
     batch_dims: Any = 0,
     call: str = "forward",
+    context: Context = EVAL,
     **kwargs: Any,
 ) -> Plan:
     """Says how ``apply_many`` calls these inputs, and why; printed, the strategy and the reason. Arguments as there."""
-    n = checked_members("plan_many", net, stacked, "auto", call, EVAL, STRATEGIES)
+    n = checked_members("plan_many", net, stacked, "auto", call, context, STRATEGIES)
+    kwargs = {**kwargs, **as_inputs(context)[1]}
     inputs = inputs_of("plan_many", args, short(call, kwargs), in_dims, batch_dims, n)
     return probe(net, params, stacked, inputs, n, call)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from funcpeft import errors
 from funcpeft.adapt import Net
 from funcpeft.calls import call_folded
-from funcpeft.context import EVAL, Context
+from funcpeft.context import EVAL, Context, as_inputs, from_inputs
+from funcpeft.entries import require_values
 from funcpeft.fold import Layout
 from funcpeft.functional import Params
 from funcpeft.inputs import Inputs, evened, inputs_of, joined, split_rows
@@ -70,6 +71,9 @@ def apply_routed(
         TypeError: If ``index`` does not hold integers; else as ``apply_many``.
     """
     n = checked_members("apply_routed", net, stacked, strategy, call, context, _STRATEGIES)
+    require_values(net.methods, context)
+    context, values = as_inputs(context)
+    kwargs = {**kwargs, **values}
     index = _integers(index)
     read = functools.partial(inputs_of, "apply_routed", in_dims=None, batch_dims=batch_dims, members=None)
     inputs = read(args, kwargs)
@@ -228,7 +232,7 @@ class _Call:
 
     def _bare(self, given: tuple[Any, Any]) -> Any:
         args, kwargs = given
-        return self.net.model.call(self.call, self.params, *args, **kwargs)
+        return self.net.model.call(self.call, self.params, *args, **from_inputs(kwargs)[0])
 
     def _beside(self, adapted: Any, bare: Any) -> Any:
         """Puts the outputs of bare rows after those of rows with prompts."""

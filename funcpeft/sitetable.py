@@ -48,7 +48,7 @@ def net_table(net: Net, params: Mapping[str, Any] | None = None) -> str:
                 "",
                 type(entry.method).__name__,
                 _count(counts[scope]),
-                "wraps the call" if entry.method.wraps else "",
+                "wraps the call" if not entry.method.sited else "",
             )
         total += sum(counts.values())
     width = max(100, (70 if params is None else 120) + max((len(p) for e in net.entries for p in e.sites), default=0))
@@ -81,4 +81,6 @@ def shapes_of(net: Net, entry: Entry) -> Adapter:
     params = {k: torch.empty(s, dtype=net.model.dtypes[k], device="meta") for k, s in net.model.shapes.items()}
     with torch.device("meta"):
         extra: dict[str, Any] = {"facts": ModelFacts(net.model, params)} if entry.method.wraps else {}
+        if entry.method.sited and entry.method.needs:  # data there is none here; shapes are those of a file
+            extra["inference_mode"] = True
         return entry.method.init(net.bases(entry, params), seed=0, **extra)

@@ -1,6 +1,7 @@
 """Nets: the site table, nesting, fresh adapters, tied weights, and adapters of another net."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -103,7 +104,10 @@ def test_the_table_says_what_is_shared_and_what_a_module_reads():
     assert "24 trained numbers" in shared
 
 
-@pytest.mark.parametrize("name", [n for n in methods.__all__ if not hasattr(getattr(methods, n), "wrap")])
+SITED = [n for n in methods.__all__ if getattr(methods, n).kinds and not hasattr(getattr(methods, n), "wrap")]
+
+
+@pytest.mark.parametrize("name", SITED)
 def test_counts_are_those_of_a_real_init(name):
     cls = getattr(methods, name)
     example = cls.examples()[0]
@@ -113,8 +117,29 @@ def test_counts_are_those_of_a_real_init(name):
     method = dataclasses.replace(example, **fields, **patterns, **extra)
     model, params = functional(Tied() if cls is TrainableTokens else Mlp(64))
     net = adapt(model, method)
-    made = sum(t.numel() for leaves in net.init(params, 0).params.values() for t in leaves.values())
+    needs = method.sample_needs(net.bases(net.entries[0], params), 0)
+    made = sum(t.numel() for leaves in net.init(params, 0, **needs).params.values() for t in leaves.values())
     assert f"{made:,} trained numbers" in str(net)
+
+
+PATTERNS = ("rank_pattern", "alpha_pattern", "n_frequency_pattern", "lambda_pattern", "block_size_pattern")
+_ARITHMETIC = {"min": min, "max": max, "ceil": math.ceil, "floor": math.floor, "round": round, "sqrt": math.sqrt}
+
+
+@pytest.mark.parametrize("name", [n for n in methods.__all__ if getattr(methods, n).size])
+def test_a_methods_formula_counts_what_init_makes(name):
+    """``size`` and ``size_shared``, which the docs show, at two layers of different shapes."""
+    method = dataclasses.replace(getattr(methods, name).examples()[0], target_modules=["0", "1"])
+    method = dataclasses.replace(method, **{f.name: {} for f in dataclasses.fields(method) if f.name in PATTERNS})
+    model, params = functionalize(nn.Sequential(nn.Linear(24, 12), nn.Linear(12, 36)))
+    net = adapt(model, method)
+    made = net.init(params, 0, **method.sample_needs(net.bases(net.entries[0], params), 0)).params
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    for path, (in_, out) in {"0": (24, 12), "1": (12, 36)}.items():
+        want = eval(method.size, {"__builtins__": {}}, {**_ARITHMETIC, **fields, "in_": in_, "out": out})
+        assert sum(t.numel() for t in made.get(path, {}).values()) == want, path
+    shared = sum(t.numel() for path, leaves in made.items() if path not in ("0", "1") for t in leaves.values())
+    assert shared == eval(method.size_shared, {"__builtins__": {}}, {**_ARITHMETIC, **fields})
 
 
 # -- nesting -----------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_the_readme_table_is_the_registry():
     for name in methods.__all__:
         cls = getattr(methods, name)
         merges, unmerges = (getattr(cls, f) is not getattr(fp.Method, f) for f in ("merge", "unmerge"))
-        facts[name] = [cls.additive, cls.weight_free, merges, unmerges, cls.identity_at_init]
+        facts[name] = [cls.additive, bool(cls.weight_free), merges, unmerges, cls.identity_at_init]
     assert readme_table() == facts
 
 

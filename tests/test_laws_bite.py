@@ -102,6 +102,18 @@ class DetachedLeaf(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetachedInput(Plain):
+    def apply(self, leaves, base, x, context):
+        return base(x) + self.product(leaves, base, x.detach())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadsTheBase(Plain):
+    def apply(self, leaves, base, x, context):
+        return F.linear(x, base.weight + self.delta(leaves, base), base.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatefulDropout(Plain):
     def apply(self, leaves, base, x, context):
         return super().apply(leaves, base, F.dropout(x, 0.5) if context.training else x, context)
@@ -172,6 +184,8 @@ CAUGHT = [
     (NotIdentity, "identity"),
     (WrongUnmerge, "unmerge"),
     (DetachedLeaf, "derivative"),
+    (DetachedInput, "derivative"),
+    (ReadsTheBase, "lean"),
     (StatefulDropout, "replay"),
     (DataDependent, "compiled"),
     (WidensOutput, "kind"),

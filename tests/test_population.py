@@ -105,6 +105,7 @@ EXAMPLES = [
     for name in methods.__all__
     for i, m in enumerate(getattr(methods, name).examples())
     for kind in (["call"] if m.wraps else sorted(m.kinds))
+    if "many" not in m.waived
     if (case := next((c for size in SIZES if (c := Case(m, kind, *size)).fits()), None))
 ]
 
@@ -115,13 +116,14 @@ def test_methods_fold_at_every_kind(case):
     ads = [b.adapter(i) for i in range(3)]
     many = fp.stack(ads)
     x = torch.stack([b.x, b.x.flip(-1), b.x.roll(1, -1)])
-    opts = b.options()
+    values = b.case.method.sample_values(b.x.shape[0])
+    opts, context = b.options(), fp.Context(values={k: v.expand(3, *v.shape) for k, v in values.items()})
 
     def f(stack, strategy="fold"):
-        return fp.apply_many(b.net, b.params, stack, x, strategy=strategy, **opts)
+        return fp.apply_many(b.net, b.params, stack, x, strategy=strategy, context=context, **opts)
 
     for i, (a, one) in enumerate(zip(ads, x, strict=True)):
-        agree(at(f(many), i), b.net(b.params, a, one, **opts))
+        agree(at(f(many), i), b.net(b.params, a, one, context=b.context(), **opts))
     params = tuple(a.params for a in as_tuple(many))
     grads = torch.func.grad(lambda p: loss(f(of(many, p))))(params)
     looped = torch.func.grad(lambda p: loss(f(of(many, p), "loop")))(params)

@@ -82,21 +82,15 @@ def _entry_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[s
     if entry.method.wraps:
         for key, t in entry.method.to_peft(None, adapter.leaves("")).items():
             yield key, "", key, t
-        return
     prefixes = file_prefixes(net, entry)
     root = _ROOT if _injected(net) else "base_model."  # beside a prompt, modules_to_save stand one level higher
     for path, site in entry.sites.items():
         prefix = prefixes[path]
-        for key, t in entry.method.to_peft(Base(site, _meta(site)), adapter.leaves(path)).items():
+        for key, t in entry.method.to_peft(Base(site, _meta(site)), entry.leaves(adapter, path)).items():
             yield root + prefix + key, path, key, t
-    for name, key in _shared_keys(entry.method).items():
-        for scope in {*adapter.params, *adapter.consts} - entry.sites.keys():
-            if name in adapter.leaves(scope):
-                yield f"base_model.{key}", scope, key, adapter.leaves(scope)[name]
-
-
-def _shared_keys(method: Method) -> Mapping[str, str]:
-    return method.shared_keys if getattr(method, "save_projection", True) else {}
+    for scope in sorted({*adapter.params, *adapter.consts} - entry.sites.keys()):
+        for key, t in entry.method.to_peft_shared(scope, adapter.leaves(scope)).items():
+            yield f"base_model.{key}", scope, key, t
 
 
 def _meta(site: Any) -> Tensor:
@@ -291,7 +285,7 @@ def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _injected(net: Net) -> bool:
-    return not any(e.method.wraps for e in net.entries)
+    return all(e.method.sited for e in net.entries)
 
 
 def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], wrong: Mapping[str, list[str]]) -> Adapter:
@@ -299,7 +293,7 @@ def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor],
     for file_key, path, key, t in _entry_tensors(net, entry, fresh):
         given = left.pop(file_key, None)
         if given is None:
-            wrong["missing"].append(file_key)
+            wrong["missing"].extend([file_key] if key not in entry.method.optional_keys else [])
         elif given.shape != t.shape:
             wrong["misshapen"].append(f"{file_key} {tuple(given.shape)}, not {tuple(t.shape)}")
         else:
@@ -307,21 +301,33 @@ def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor],
     if any(wrong.values()):
         return fresh
     params, consts = ({p: dict(v) for p, v in tree.items()} for tree in (fresh.params, fresh.consts))
-    for path, given in found.items():
+    placed: dict[tuple[str, str], Tensor] = {}
+    for path, given in sorted(found.items(), key=lambda item: item[0] not in entry.sites):  # sites' copies first
         for name, t in _leaves_of(entry, path, given).items():
-            tree = params if name in params.get(path, {}) else consts
-            old = tree.setdefault(path, {}).get(name)
-            tree[path][name] = t.clone() if old is None else t.to(dtype=old.dtype, device=old.device, copy=True)
+            place = _place_of(entry, fresh, path, name)
+            before = placed.setdefault((place, name), t)
+            if path in entry.sites and (before.shape != t.shape or not torch.equal(before, t)):
+                rule = f"every site's copy of {name!r}, which sites share, must be the same"
+                raise errors.CheckpointError(errors.say(f"{entry.method.label} at {path!r}", rule, "another one"))
+            tree = params if name in params.get(place, {}) else consts
+            old = tree.setdefault(place, {}).get(name)
+            tree[place][name] = t.clone() if old is None else t.to(dtype=old.dtype, device=old.device, copy=True)
     return fresh.replace(params=params, consts=consts)
+
+
+def _place_of(entry: Entry, fresh: Adapter, path: str, name: str) -> str:
+    """Returns the path at which an adapter keeps a leaf of a site: the site's, or that of a scope it shares."""
+    if path not in entry.sites or name in fresh.leaves(path):
+        return path
+    return next((s for s in entry.scopes.get(path, ()) if name in fresh.leaves(s)), path)
 
 
 def _leaves_of(entry: Entry, path: str, given: Mapping[str, Tensor]) -> Leaves:
     if path in entry.sites:
         return entry.method.from_peft(Base(entry.sites[path], _meta(entry.sites[path])), given)
-    if entry.method.wraps:
+    if entry.method.wraps and not path:
         return entry.method.from_peft(None, given)
-    names = {key: name for name, key in entry.method.shared_keys.items()}
-    return {names[key]: t for key, t in given.items()}
+    return entry.method.from_peft_shared(path, given)
 
 
 def _tolerated(net: Net, params: Params, key: str, tensor: Tensor, where: str) -> bool:
@@ -420,9 +426,10 @@ def _single(net: Net) -> Entry:
 def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, name: str | None) -> dict[str, Any]:
     """Returns the content of ``adapter_config.json``."""
     method = entry.method
-    config = method.to_peft_config({p: adapter.leaves(p) for p in (*entry.sites, "")})
-    if method.wraps:
+    config = method.to_peft_config({p: adapter.leaves(p) for p in dict.fromkeys((*entry.sites, ""))})
+    if hasattr(method, "peft_resolved"):
         config |= method.peft_resolved(ModelFacts(net.model, {}))  # type: ignore[attr-defined]
+    if not method.sited:
         config = {
             k: v
             for k, v in config.items()

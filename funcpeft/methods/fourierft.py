@@ -74,6 +74,7 @@ class FourierFT(Additive):
 
     peft_type: ClassVar[str] = "FOURIERFT"
     keys: ClassVar[dict[str, str]] = {"c": "fourierft_spectrum"}
+    size: ClassVar[str] = "n_frequency"
     leaf_names: ClassVar[tuple[str, ...]] = ("c", "index", "scaling")
     weight_free: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = False

@@ -47,6 +47,7 @@ class IA3(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv"})
     keys: ClassVar[dict[str, str]] = {"l": "ia3_l"}
     peft_lacks: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+    size: ClassVar[str] = "out"
     leaf_names: ClassVar[tuple[str, ...]] = ("l",)
     weight_free: ClassVar[bool] = True
 

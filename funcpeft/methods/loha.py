@@ -100,6 +100,7 @@ class LoHa(Additive):
         "t1": "hada_t1",
         "t2": "hada_t2",
     }
+    size: ClassVar[str] = "2 * r * (in_ + out)"
     leaf_names: ClassVar[tuple[str, ...]] = ("w1a", "w1b", "w2a", "w2b", "t1", "t2", "scaling", "rank")
     rank_axes: ClassVar[dict[str, int]] = {"w1a": -1, "w1b": -2, "w2a": -1, "w2b": -2}
     weight_free: ClassVar[bool] = True

@@ -104,9 +104,11 @@ class LoRA(Additive):
         "use_qalora": False,
         "ensure_weight_tying": False,
     }
+    size: ClassVar[str] = "r * (in_ + out)"
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "A0", "B0", "bias", "scaling", "rank")
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
     weight_free: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("weights",)
     bias_only: ClassVar[str] = "lora_only"
 
     def __post_init__(self) -> None:

@@ -60,6 +60,7 @@ class MiSS(Method):
     peft_type: ClassVar[str] = "MISS"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     keys: ClassVar[dict[str, str]] = {"D": "miss_block"}
+    size: ClassVar[str] = "r * out"
     leaf_names: ClassVar[tuple[str, ...]] = ("D",)
     bias_only: ClassVar[str] = "MiSS_only"
 

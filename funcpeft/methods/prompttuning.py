@@ -215,6 +215,7 @@ class PromptTuning(Method):
     leaf_names: ClassVar[tuple[str, ...]] = ("P",)
     weight_free: ClassVar[bool] = True
     identity_at_init: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ("tokenizer",)
     waived: ClassVar[dict[str, str]] = {"kind": "the output has one position more per virtual token"}
 
     def __post_init__(self) -> None:

@@ -56,6 +56,7 @@ class RoAd(Method):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     keys: ClassVar[dict[str, str]] = {"theta": "road_theta", "alpha": "road_alpha"}
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    size: ClassVar[str] = "out"
     leaf_names: ClassVar[tuple[str, ...]] = ("theta", "alpha")
     weight_free: ClassVar[bool] = True
 

@@ -60,6 +60,7 @@ class SHiRA(Additive):
     keys: ClassVar[dict[str, str]] = {"w": "shira_weight", "indices": "shira_indices"}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    size: ClassVar[str] = "r * (in_ + out)"
     leaf_names: ClassVar[tuple[str, ...]] = ("w", "indices")
     weight_free: ClassVar[bool] = True
 

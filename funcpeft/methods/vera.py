@@ -59,6 +59,7 @@ class VeRA(Additive):
     shared_keys: ClassVar[dict[str, str]] = {"A": "vera_A", "B": "vera_B"}
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     rank_axes: ClassVar[dict[str, int]] = {"d": -1, "A": -2, "B": -1}
+    size: ClassVar[str] = "out + r"
     leaf_names: ClassVar[tuple[str, ...]] = ("b", "d", "A", "B", "rank")
     weight_free: ClassVar[bool] = True
     depends_on_sites: ClassVar[bool] = True

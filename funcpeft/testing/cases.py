@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from funcpeft import rng
 from funcpeft.adapt import Net, adapt
+from funcpeft.context import Context
 from funcpeft.functional import Model, Params, functionalize
 from funcpeft.method import FrozenDict, Method
 from funcpeft.quant.format import Format
@@ -124,7 +125,8 @@ class Case:
         """Returns the method with its targets set to the case's layers (or some of them)."""
         names = names or ("first", "second")
         if self.kind == "call":
-            return self.method
+            sited = self.method.sited and self.method.target_modules is None
+            return replace(self.method, target_modules=("c_attn",)) if sited else self.method
         if self.kind == "raw":
             return replace(self.method, target_modules=(), target_parameters=tuple(f"{n}.experts" for n in names))
         kept = {  # patterns may only name sites that there are
@@ -193,15 +195,29 @@ class Built:
 
     def fresh(self, seed: int | None = None) -> Any:
         """Returns a freshly initialised adapter."""
-        return self.net.init(self.params, self.case.seed if seed is None else seed)
+        return self.init(self.net, self.case.seed if seed is None else seed)
+
+    def init(self, net: Net, seed: int) -> Any:
+        """Returns a fresh adapter of a net on this case's model, made with sample data where its method needs any."""
+        needs: dict[str, Any] = {}
+        for entry in net.entries:
+            needs |= entry.method.sample_needs(net.bases(entry, self.params), seed)
+        return net.init(self.params, seed, **needs)
+
+    def context(self, **fields: Any) -> Context:
+        """Returns the context of a call on the case's input, with sample values where its method reads any."""
+        return Context(**fields, values=self.case.method.sample_values(self.x.shape[0]))
 
     def adapter(self, member: int = 0, scale: float = 0.3) -> Any:
         """Returns an adapter whose trained leaves are moved away from init, where laws would hold vacuously."""
         return perturbed(self.fresh(self.case.seed + member), self.case.seed + 7919 * (member + 1), scale)
 
-    def out(self, adapter: Adapters, params: Params | None = None, **kwargs: Any) -> tuple[Tensor, ...]:
+    def out(
+        self, adapter: Adapters, params: Params | None = None, x: Tensor | None = None, context: Context | None = None
+    ) -> tuple[Tensor, ...]:
         """Returns the tensors that the adapted model computes."""
-        return outputs(self.net(params or self.params, adapter, self.x, **kwargs, **self.options()))
+        x, context = self.x if x is None else x, context or self.context()
+        return outputs(self.net(params or self.params, adapter, x, context=context, **self.options()))
 
     def base_out(self, params: Params | None = None) -> tuple[Tensor, ...]:
         """Returns the tensors that the model computes with the given params."""

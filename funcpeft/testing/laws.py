@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from funcpeft.adapt import adapt
-from funcpeft.context import Context
 from funcpeft.errors import NoMergedFormError
 from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.population import apply_many, plan_many
@@ -25,7 +26,7 @@ from funcpeft.routing import apply_routed
 from funcpeft.stacking import stack, unstack
 from funcpeft.testing.cases import Built, Case, close, distance, loss, outputs, same_bits
 from funcpeft.tree import Adapter, as_tuple, tree_map
-from funcpeft.weights import dense, wide
+from funcpeft.weights import Adapted, Site, dense, meet, wide
 
 Law = Callable[[Case], None]
 
@@ -135,7 +136,7 @@ def seed(case: Case) -> None:
         if drawn and second is not None and first.shape == second.shape and first.numel() > 3:
             assert not torch.equal(first, second), f"seed: two sites drew the same {name}, at {case}"
     if not case.method.depends_on_sites and case.kind != "call":
-        alone = adapt(b.model, case.targeted("first")).init(b.params, 3)
+        alone = b.init(adapt(b.model, case.targeted("first")), 3)
         for path, leaves in alone.params.items():
             assert same_bits(leaves, one.params[path]), f"seed: a further site changed the draw at {path!r}, at {case}"
 
@@ -179,11 +180,12 @@ def many(case: Case) -> None:
     """``apply_many`` and ``apply_routed`` equal a loop over members, by value and by gradient."""
     b = case.built()
     members = [b.adapter(i) for i in range(3)]
-    stacked, plan = stack(members), plan_many(b.net, b.params, stack(members), b.x, in_dims=None, **b.options())
+    stacked, shared = stack(members), {"in_dims": None, "context": b.context(), **b.options()}
+    plan = plan_many(b.net, b.params, stacked, b.x, **shared)
     assert plan.strategy == "fold", f"many: {plan}, at {case}"
 
     def together(stacked: Adapter) -> tuple[Tensor, ...]:
-        return outputs(apply_many(b.net, b.params, stacked, b.x, in_dims=None, **b.options()))
+        return outputs(apply_many(b.net, b.params, stacked, b.x, **shared))
 
     got, alone = together(stacked), [b.out(m) for m in members]
     for i, want in enumerate(alone):
@@ -206,7 +208,7 @@ def _routed(case: Case, b: Built, stacked: Adapter, alone: list[tuple[Tensor, ..
     index = [(2, -1, 0, 2, 1)[i % 5] for i in range(rows)]
     prompts = case.method.wraps and any(o.shape != w.shape for o, w in zip(alone[0], b.base_out(), strict=True))
     index = [abs(i) for i in index] if prompts else index  # a row with a prompt has more positions than one without
-    got = outputs(apply_routed(b.net, b.params, stacked, index, b.x, **b.options()))
+    got = outputs(apply_routed(b.net, b.params, stacked, index, b.x, context=b.context(), **b.options()))
     axis = next(iter(outs.values()), 0) or 0
     for row, m in enumerate(index):
         whole = b.base_out() if m < 0 else alone[m]
@@ -235,23 +237,52 @@ def grad(case: Case) -> None:
 
 
 def derivative(case: Case) -> None:
-    """In float64 the gradient agrees with central differences along a random direction."""
+    """In float64 the derivatives by every trained leaf and by the input agree with finite differences."""
     b = case.built()
     if case.dtype != torch.float64:
         return
     adapter = b.adapter()
-    direction = tree_map(lambda t: torch.sin(torch.arange(t.numel(), dtype=t.dtype) + 1).reshape(t.shape), adapter.params)
+    leaves, spec = pytree.tree_flatten(adapter.params)
+    held = [b.x] if b.x.is_floating_point() else []
+    given = [t.detach().clone().requires_grad_() for t in (*held, *leaves)]
 
-    def along(h: float) -> Tensor:
-        return loss(b.out(adapter.replace(params=tree_map(lambda t, d: t + h * d, adapter.params, direction))))
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        x = given[0] if held else b.x
+        return b.out(adapter.replace(params=pytree.tree_unflatten(list(given[len(held) :]), spec)), x=x)
 
-    grads = _grad(b, adapter)
-    analytic = float(sum((g * d).sum() for g, d in zip(pytree.tree_leaves(grads), pytree.tree_leaves(direction), strict=True)))
-    h = 1e-5
-    numeric = float((along(h) - along(-h)) / (2 * h))
-    # error of central differences: h^2 third derivative, and rounding eps |loss| / h
-    allowed = 1e-4 * (abs(analytic) + abs(numeric)) + 1e-9 * (1 + float(along(0.0)))
-    assert abs(analytic - numeric) <= allowed, f"derivative: {analytic:.6g} against differences {numeric:.6g}, at {case}"
+    try:
+        gradcheck(function, given, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=True)
+    except GradcheckError as e:
+        raise AssertionError(f"derivative: {str(e).splitlines()[0]}, at {case}") from e
+
+
+@dataclass(frozen=True, eq=False)
+class _Met:
+    """A weight that an input may meet, and that nothing may read."""
+
+    weight: Any
+
+    shape = property(lambda self: self.weight.shape)
+    dtype = property(lambda self: self.weight.dtype)
+    device = property(lambda self: self.weight.device)
+
+    def meet(self, site: Site, bias: Any, x: Tensor, occurrence: int) -> Tensor:
+        return meet(self.weight, site, bias, x, occurrence)
+
+
+def lean(case: Case) -> None:
+    """A method that says its ``apply`` avoids the dense base weight computes the same where nothing can read that weight."""
+    b = case.built()
+    if not (case.method.sited and case.method.lean(case.kind)):
+        return
+    adapter, context = b.adapter(), b.context()
+    attached = b.net.attach(b.params, adapter, context)
+    hidden = {k: replace(v, base=_Met(v.base)) for k, v in attached.items() if isinstance(v, Adapted) and v.site.met}
+    try:
+        got = b.net.call_attached("forward", attached | hidden, adapter, (b.x,), b.options(), context.values)
+    except TypeError as e:
+        raise AssertionError(f"lean: the base's weight was read, at {case}") from e
+    _agree("lean", case, outputs(got), b.out(adapter), b.tolerance() * _size(b.out(adapter)))
 
 
 def compiled(case: Case) -> None:
@@ -279,7 +310,7 @@ def round_trip(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_peft(b.net, adapter, folder)
         net, back = load_peft(b.model, b.params, folder)
-    for got, want in zip(outputs(net(b.params, back, b.x, **b.options())), b.out(adapter), strict=True):
+    for got, want in zip(outputs(net(b.params, back, b.x, context=b.context(), **b.options())), b.out(adapter), strict=True):
         assert torch.equal(got, want), f"round trip: the output changed by {distance(got, want):.3g}, at {case}"
     if {p: set(v) for p, v in back.params.items()} == {p: set(v) for p, v in adapter.params.items()}:
         assert same_bits(back.params, adapter.params), f"round trip: the leaves changed, at {case}"
@@ -314,7 +345,7 @@ def nest(case: Case) -> None:
     both, _ = net.merge(b.params, (one, two))
     tolerance = b.tolerance(step, after)
     _agree("nest", case, b.base_out(both), b.base_out(after), 4 * tolerance)
-    got = outputs(net(b.params, (one, two), b.x, **b.options()))
+    got = outputs(net(b.params, (one, two), b.x, context=b.context(), **b.options()))
     _agree("nest", case, got, b.base_out(both), 4 * tolerance)
 
 
@@ -322,13 +353,13 @@ def replay(case: Case) -> None:
     """A training call is determined by its seed: equal seeds give equal bits, also member by member under ``vmap``."""
     b = case.built()
     members = [b.adapter(i) for i in range(2)]
-    context = Context(training=True, seed=11)
+    context = b.context(training=True, seed=11)
     once, again = (b.out(members[0], context=context) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True)), f"replay: equal seeds differ, at {case}"
     seeds = torch.tensor([11, 12])
-    got = torch.func.vmap(lambda a, s: b.out(a, context=Context(training=True, seed=s)))(stack(members), seeds)
+    got = torch.func.vmap(lambda a, s: b.out(a, context=b.context(training=True, seed=s)))(stack(members), seeds)
     for i, member in enumerate(members):
-        want = b.out(member, context=Context(training=True, seed=int(seeds[i])))
+        want = b.out(member, context=b.context(training=True, seed=int(seeds[i])))
         _agree("replay", case, tuple(g[i] for g in got), want, b.tolerance() * _size(want))
 
 
@@ -360,6 +391,7 @@ LAWS: dict[str, Law] = {
     "many": many,
     "grad": grad,
     "derivative": derivative,
+    "lean": lean,
     "compiled": compiled,
     "round_trip": round_trip,
     "add": add,
