@@ -334,7 +334,7 @@ class Net:
             [e.method.penalty(one, context.at(i)) for i, (e, one) in enumerate(zip(self.entries, given, strict=True))]
         ).sum()
 
-    def project(self, params: Params, grads: Any, adapter: Adapters) -> Any:
+    def project_grads(self, params: Params, grads: Any, adapter: Adapters) -> Any:
         """Returns gradients as the net's methods want them stepped; unchanged for methods that do not say.
 
         Args:
@@ -346,7 +346,7 @@ class Net:
         made: list[Any] = []
         for entry, one, tree in zip(self.entries, self._matched(adapter), trees, strict=True):
             bases = self.bases(entry, params)
-            new = {p: entry.method.project(g, entry.leaves(one, p), bases[p]) if p in bases else g for p, g in tree.items()}
+            new = {p: entry.method.project_grads(g, entry.leaves(one, p), bases[p]) if p in bases else g for p, g in tree.items()}
             made.append(new)
         return tuple(made) if isinstance(grads, tuple) else made[0]
 

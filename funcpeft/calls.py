@@ -75,7 +75,8 @@ def _by_row(net: Net, groups: Sequence[Adapters], layout: Layout) -> Any:
             continue
         parts: list[Any] = []
         for group, (_, count) in zip(groups, layout.groups, strict=True):
-            made = torch.func.vmap(entry.method.call_leaves)(as_tuple(group)[i].leaves(""))
+            own = as_tuple(group)[i].leaves("")
+            made = torch.func.vmap(entry.method.call_leaves)(own) if own else own
             parts.append({name: t.repeat_interleave(count, 0) for name, t in made.items()})
         rows.append(Adapter({"": {name: torch.cat([p[name] for p in parts]) for name in parts[0]}}))
     return tuple(rows) if len(rows) > 1 else rows[0]

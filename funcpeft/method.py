@@ -216,7 +216,7 @@ class Method:
         """Computes the method's regulariser of a whole adapter, a 0-d tensor; users add it to their loss themselves."""
         return torch.zeros(())
 
-    def project(self, grads: Leaves, leaves: Leaves, base: Base) -> Leaves:
+    def project_grads(self, grads: Leaves, leaves: Leaves, base: Base) -> Leaves:
         """Returns the gradients of one site's trained leaves as the method wants them stepped; by default as they are."""
         return grads
 

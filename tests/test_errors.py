@@ -299,6 +299,10 @@ ROWS = [
         "token_indices must be below 96, got 99",
     ),
     # calls
+    (lambda: Context(values={"tasks": [1]}), TypeError, "context: value 'tasks' must be a tensor, got list"),
+    (lambda: Context().value("tasks"), ValueError, "the call needs the value 'tasks', got none; pass context=Context"),
+    (lambda: net()(params(), adapter(), X, context=Context(values={"tasks": X})), ValueError, "that the net's methods read"),
+    (lambda: net().init(params(), 0, gradient={}), TypeError, "beyond the base, got 'gradient'"),
     (lambda: Context(training=True), V, "context: training needs a seed, got seed=None; pass Context"),
     (lambda: Context(seed=0.5), T, "context: seed must be an int or an integer tensor, got 0.5"),
     (lambda: Context(seed=2**64), V, "context: seed must have at most 64 bits"),

@@ -56,6 +56,7 @@ class SHiRA(Additive):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "SHIRA"
+    needs: ClassVar[tuple[str, ...]] = ("masks",)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     keys: ClassVar[dict[str, str]] = {"w": "shira_weight", "indices": "shira_indices"}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
