@@ -44,6 +44,7 @@ from funcpeft.quant import FP4, FP8, MXFP4, MXFP8, NF4, NVFP4, AffineInt, Codebo
 from funcpeft.quant.format import Format
 from funcpeft.quantization import QuantizationReport, dequantize, quantization_report, quantize, to
 from funcpeft.remat import remat
+from funcpeft.replication import replicate_layers
 from funcpeft.routing import apply_routed
 from funcpeft.stacking import select, stack, unstack
 from funcpeft.storage import Quantized
@@ -119,6 +120,7 @@ __all__ = [
     "quantization_report",
     "quantize",
     "remat",
+    "replicate_layers",
     "save_peft",
     "select",
     "stack",

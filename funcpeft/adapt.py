@@ -33,10 +33,11 @@ from funcpeft.facts import ModelFacts
 from funcpeft.fold import Stacked
 from funcpeft.functional import Model, Params
 from funcpeft.merging import MergeReport, Target, merge_params, unmerge_site
-from funcpeft.method import Method
+from funcpeft.method import Method, thaw
 from funcpeft.quant.format import Format
 from funcpeft.sitetable import net_table, shapes_of
 from funcpeft.stacking import members
+from funcpeft.targets import shape_only
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Adapted, Base, Quantized, Site, dense
 
@@ -132,7 +133,7 @@ class Net:
         keys = {k for k, v in params.items() if isinstance(v, Quantized)}
         for entry in self.entries:
             if not entry.method.takes_any:
-                keys |= {key for site in entry.sites.values() for key in (site.weight, *self._bound(entry.method, site))}
+                keys |= {key for site in entry.sites.values() for key in (site.weight, *self.bound_keys(entry.method, site))}
         return frozenset(keys)
 
     def prepare_stacked(self, params: Params, read: frozenset[str] = frozenset()) -> None:
@@ -144,11 +145,11 @@ class Net:
     def adapted_keys(self) -> frozenset[str]:
         """Returns the keys of all weights that the net adapts, replaced ones included."""
         sites = ((entry.method, site) for entry in self.entries for site in entry.sites.values())
-        return frozenset(key for method, site in sites for key in (site.weight, *self._bound(method, site)))
+        return frozenset(key for method, site in sites for key in (site.weight, *self.bound_keys(method, site)))
 
-    def _bound(self, method: Method, site: Site) -> list[str]:
+    def bound_keys(self, method: Method, site: Site) -> list[str]:
         """Lists the aliases of a site's weight that the method adapts with it, because it binds to the tensor."""
-        return self._aliases.get(site.weight, []) if method.binds_ties else []
+        return self._aliases.get(site.weight, []) if method.bound else []
 
     # -- the call --------------------------------------------------------------------------------------------------------
 
@@ -189,12 +190,21 @@ class Net:
             value = Stacked(value) if stacked else value
         else:
             value = Adapted(before, site, method, leaves, context)
+        bound = self.bound_keys(method, site)
         for alias in self._aliases.get(key, []):
+            if alias in bound and method.takes_any:
+                out.pop(alias, None)  # what replaces the tensor does so for all that read it
+                continue
             if alias not in out:  # the tensor's other readers keep the base, unless the method binds to the tensor
                 out[alias] = before
-            if alias in self._bound(method, site):
-                out[alias] = Adapted(out[alias], self.model.site(alias), method, leaves, context)
+            if alias in bound:
+                other = self.model.site(alias)
+                out[alias] = Adapted(out[alias], other, method, self.tied_leaves(method, leaves, site, other), context)
         out[key] = value
+
+    def tied_leaves(self, method: Method, leaves: Leaves, site: Site, other: Site) -> Leaves:
+        """Returns a site's leaves as they act on another module that reads its tensor."""
+        return method.across_tie(leaves, Base(site, shape_only(site)), Base(other, shape_only(other)))
 
     def _matched(self, adapter: Adapters, members: int | None = None) -> tuple[Adapter, ...]:
         given = as_tuple(adapter)
@@ -346,7 +356,9 @@ class Net:
         made: list[Any] = []
         for entry, one, tree in zip(self.entries, self._matched(adapter), trees, strict=True):
             bases = self.bases(entry, params)
-            new = {p: entry.method.project_grads(g, entry.leaves(one, p), bases[p]) if p in bases else g for p, g in tree.items()}
+            new = {
+                p: entry.method.project_grads(g, entry.leaves(one, p), bases[p]) if p in bases else g for p, g in tree.items()
+            }
             made.append(new)
         return tuple(made) if isinstance(grads, tuple) else made[0]
 
@@ -392,6 +404,7 @@ class Net:
             _require_merged_form(entry.method)
         self._require_finite(adapter)
         attached = self.attach(params, adapter)
+        attached = {k: v for k, v in attached.items() if k in params or k not in self._kept_ties()}
         try:
             merged, report = merge_params(params, attached, how)
         except (KeyError, RuntimeError) as e:
@@ -412,12 +425,24 @@ class Net:
         out = dict(params)
         for entry, one in reversed(list(zip(self.entries, self._matched(adapter), strict=True))):
             for path, site in entry.sites.items():
-                for here in (site, *(self.model.site(a) for a in self._bound(entry.method, site))):
+                for here in (site, *(self.model.site(a) for a in self.bound_keys(entry.method, site) if a in params)):
                     before, bias = self._leaf(out, here.weight), self._bias(out, here)
-                    out[here.weight], back = unmerge_site(entry.method, entry.leaves(one, path), here, dense(before), bias)
+                    leaves = entry.leaves(one, path)
+                    leaves = leaves if here is site else self.tied_leaves(entry.method, leaves, site, here)
+                    out[here.weight], back = unmerge_site(entry.method, leaves, here, dense(before), bias)
                     if here.bias is not None and back is not None:
                         out[here.bias] = back
         return out
+
+    def _kept_ties(self) -> set[str]:
+        """Returns the aliases of tied tensors that no method unties, so that one merged tensor serves all its modules."""
+        bound: set[str] = set()
+        untied: set[str] = set()
+        for entry in self.entries:
+            for site in entry.sites.values():
+                through = bound if entry.method.bound else untied
+                through.update(self._aliases.get(site.weight, ()), {site.weight} & self.model.ties.keys())
+        return bound - untied
 
     def _in_dtype(self, params: Params, dtype: torch.dtype) -> Params:
         def cast(key: str, v: Any) -> Any:
@@ -490,9 +515,21 @@ def adapt(model: Model, method: Method | Sequence[Method]) -> Net:
             raise TypeError(
                 errors.say("adapt", "a method is required", type(one).__name__, "pass an instance such as LoRA(r=8)")
             )
+        _require_replicated(model, one)
         entries += entries_of(model, one)
     require_alive(entries)
     return Net(model, methods, entries)
+
+
+def _require_replicated(model: Model, method: Method) -> None:
+    """Raises ``ValueError`` if a method is for a model of other layers than this one."""
+    wanted, found = getattr(method, "layer_replication", None), getattr(model.root, "layer_replication", None)
+    if wanted is not None and wanted != found:
+        rule, remedy = (
+            f"layer_replication={thaw(wanted)} needs a model with these layers",
+            "functionalize(replicate_layers(...))",
+        )
+        raise ValueError(errors.say(method.label, rule, thaw(found), remedy))
 
 
 def peft_init(net: Net, params: Params, seed: int) -> Any:

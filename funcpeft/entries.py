@@ -77,7 +77,7 @@ def entries_of(model: Model, method: Method) -> Iterator[Entry]:
         method.check_model(ModelFacts(model, {}))  # type: ignore[attr-defined]
     yield Entry(method, targets.sites_of(model, method) if method.sited else {})
     if method.modules_to_save:
-        full = Full(target_modules=method.modules_to_save)
+        full = Full(target_modules=method.modules_to_save, ensure_weight_tying=getattr(method, "ensure_weight_tying", False))
         yield Entry(full, targets.sites_of(model, full), "modules_to_save")
     bias = getattr(method, "bias", "none")
     if bias != "none":

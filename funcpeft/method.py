@@ -224,6 +224,13 @@ class Method:
         """Says, by site, in which scopes its shared leaves live."""
         return {path: ("",) for path in sites}
 
+    def across_tie(self, leaves: Leaves, site: Base, other: Base) -> Leaves:
+        """Returns the leaves as they act on another module that reads the site's tensor; see ``bound``.
+
+        An embedding's matrix is the transpose of the one that its tied head has.
+        """
+        return leaves
+
     def call_leaves(self, leaves: Leaves) -> Leaves:
         """Returns what ``wrap`` reads, made of the leaves; ``wrap`` takes it with a leading axis of rows too."""
         return leaves
@@ -287,6 +294,11 @@ class Method:
     def wraps(self) -> bool:
         """Whether the method wraps the call."""
         return hasattr(self, "wrap")
+
+    @property
+    def bound(self) -> bool:
+        """Whether it adapts a tied tensor itself, hence all the modules that read it."""
+        return self.binds_ties or bool(getattr(self, "ensure_weight_tying", False))
 
     @property
     def sited(self) -> bool:

@@ -201,6 +201,8 @@ def sites_of(model: Model, method: Method) -> dict[str, Site]:
         found += _module_sites(model, method, path, modules[path])
     for key in parameter_keys(model, _as_tuple(getattr(method, "target_parameters", None)), method.label):
         found.append(_parameter_site(model, method, key))
+    if method.bound:  # a tied tensor is adapted once, at the module that holds it
+        found = [_untied(model, method, s) for s in found]
     unique = {s.path: s for s in found}
     sites = {path: dataclasses.replace(site, index=i) for i, (path, site) in enumerate(unique.items())}
     if not sites:
@@ -209,6 +211,12 @@ def sites_of(model: Model, method: Method) -> dict[str, Site]:
     for site in sites.values():
         _check(method, site)
     return sites
+
+
+def _untied(model: Model, method: Method, site: Site) -> Site:
+    """Returns the site of the tensor's first module, for one whose weight is tied to it."""
+    key = model.ties.get(site.weight)
+    return site if key is None else _parameter_site(model, method, key)
 
 
 def _every_pattern(method: Method, paths: Sequence[str]) -> None:

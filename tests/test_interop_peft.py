@@ -152,8 +152,7 @@ def test_what_is_no_adapter_config_is_refused(saved, text, message):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"layer_replication": [[0, 2]]},
-        {"alora_invocation_tokens": [1, 2]},
+        {"megatron_config": {"x": 1}},
         {"qalora_group_size": 32},
         {"invented_in_2030": 0.5},
         {"fan_out": True},

@@ -93,6 +93,19 @@ def _entry_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[s
             yield f"base_model.{key}", scope, key, t
 
 
+def _tied_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Yields the further copies that peft's files hold of what acts on a tied tensor, for the other modules that read it."""
+    if not getattr(entry.method, "ensure_weight_tying", False):
+        return
+    for path, site in entry.sites.items():
+        for alias in net.bound_keys(entry.method, site):
+            other = net.model.site(alias)
+            leaves = net.tied_leaves(entry.method, entry.leaves(adapter, path), site, other)
+            prefix = alias if entry.method.takes_any else f"{other.path}."
+            for key, t in entry.method.to_peft(Base(other, _meta(other)), leaves).items():
+                yield _ROOT + prefix + key, t
+
+
 def _meta(site: Any) -> Tensor:
     return torch.empty(site.shape, dtype=site.dtype, device="meta")
 
@@ -268,6 +281,8 @@ def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str) ->
     wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": []}
     for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True)), strict=True):
         made.append(_fill_entry(net, entry, fresh, left, wrong))
+        for key, t in _tied_tensors(net, entry, made[-1]):
+            _require_equal(left.pop(key, t), t, f"{where} at {key!r}")
     wrong["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
     if any(wrong.values()):
         parts = [f"{how} {errors.listed(keys)}" for how, keys in wrong.items() if keys]
@@ -313,6 +328,13 @@ def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor],
             old = tree.setdefault(place, {}).get(name)
             tree[place][name] = t.clone() if old is None else t.to(dtype=old.dtype, device=old.device, copy=True)
     return fresh.replace(params=params, consts=consts)
+
+
+def _require_equal(found: Tensor, wanted: Tensor, where: str) -> None:
+    """Raises ``CheckpointError`` where two modules that read one tensor were trained apart."""
+    if found.shape != wanted.shape or not torch.equal(found.to(wanted.dtype), wanted):
+        rule, remedy = "what acts on a tied weight must be the same at all its modules", "set ensure_weight_tying to false"
+        raise errors.CheckpointError(errors.say(where, rule, "two that were trained apart", remedy))
 
 
 def _place_of(entry: Entry, fresh: Adapter, path: str, name: str) -> str:
@@ -383,6 +405,8 @@ def save_peft(
     tensors: dict[str, Tensor] = {}
     for one_entry, one in zip(net.entries, given, strict=True):
         for key, _, _, t in _entry_tensors(net, one_entry, one):
+            tensors[key] = t.detach().to("cpu").contiguous().clone()
+        for key, t in _tied_tensors(net, one_entry, one):
             tensors[key] = t.detach().to("cpu").contiguous().clone()
     config = config_of(net, entry, given[net.entries.index(entry)], task_type, base_model_name_or_path)
     folder = Path(path)

@@ -22,9 +22,11 @@ class Full(Method):
     Args:
         target_parameters: Names or dotted suffixes of parameters, beside or instead of the modules in ``target_modules``,
             of which every parameter is taken.
+        ensure_weight_tying: Whether every module that reads a tied tensor gets the trained one; else its target alone.
     """
 
     target_parameters: tuple[str, ...] | list[str] | None = None
+    ensure_weight_tying: bool = False
 
     kinds: ClassVar[frozenset[str]] = frozenset({"vector"})
     takes_any: ClassVar[bool] = True

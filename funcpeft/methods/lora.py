@@ -73,6 +73,9 @@ class LoRA(Additive):
         bias: Which biases are trained beside: ``"none"``, ``"all"`` of the model, ``"lora_only"`` those of the targets.
         target_parameters: Names or suffixes of matrix parameters to adapt that no layer meets, such as fused experts.
         trainable_token_indices: Rows of the input embedding to train beside, or ``{module name: rows}``.
+        ensure_weight_tying: Whether what acts on a tied embedding acts on its head too, by the same leaves; likewise for
+            ``modules_to_save``.
+        layer_replication: The ``[start, end)`` ranges of which ``replicate_layers`` made the model; checked, not done here.
     """
 
     r: int = 8
@@ -86,6 +89,8 @@ class LoRA(Additive):
     bias: str = "none"
     target_parameters: tuple[str, ...] | list[str] | None = None
     trainable_token_indices: tuple[int, ...] | list[int] | Mapping[str, Any] | None = None
+    ensure_weight_tying: bool = False
+    layer_replication: tuple[Any, ...] | list[Any] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding", "raw"})
@@ -102,7 +107,6 @@ class LoRA(Additive):
         "megatron_core": "megatron.core",
         "qalora_group_size": 16,
         "use_qalora": False,
-        "ensure_weight_tying": False,
     }
     size: ClassVar[str] = "r * (in_ + out)"
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "A0", "B0", "bias", "scaling", "rank")
@@ -286,6 +290,11 @@ class LoRA(Additive):
             return x if x.ndim == 3 and x.shape[0] == n else x.reshape(n, -1, x.shape[-1]), layout.groups
         rows = x.reshape(-1, x.shape[-1])
         return rows, tuple([(n, count * (rows.shape[0] // layout.rows)) for n, count in layout.groups])
+
+    def across_tie(self, leaves: Leaves, site: Base, other: Base) -> Leaves:
+        if site.takes_ids == other.takes_ids:
+            return leaves
+        return {**leaves, "A": leaves["B"].mT, "B": leaves["A"].mT}  # the head's matrix is the embedding's transpose
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return self._shift(leaves, base, 1)
