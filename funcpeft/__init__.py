@@ -21,11 +21,18 @@ from funcpeft.loftq import loftq
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
 from funcpeft.methods import (
+    BEFT,
+    BOFT,
+    C3A,
+    HRA,
     IA3,
     OFT,
+    DeLoRA,
     DoRA,
     FourierFT,
     Full,
+    GraLoRA,
+    HiRA,
     LNTuning,
     LoHa,
     LoKr,
@@ -54,8 +61,12 @@ from funcpeft.weights import Base
 __version__ = "0.1.0"
 
 __all__ = [
+    "BEFT",
+    "BOFT",
+    "C3A",
     "FP4",
     "FP8",
+    "HRA",
     "IA3",
     "MXFP4",
     "MXFP8",
@@ -71,11 +82,14 @@ __all__ = [
     "CheckpointError",
     "Codebook",
     "Context",
+    "DeLoRA",
     "Dense",
     "DoRA",
     "Format",
     "FourierFT",
     "Full",
+    "GraLoRA",
+    "HiRA",
     "Int8",
     "LNTuning",
     "LoHa",

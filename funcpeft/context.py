@@ -68,6 +68,16 @@ class Context:
             raise ValueError(errors.say("context", f"the call needs the value {name!r}", given, remedy))
         return self.values[name]
 
+    def uniform(self, like: Tensor, slot: int = 0) -> Tensor:
+        """Draws U[0, 1) in the shape and dtype of a tensor; for a training call."""
+        assert self.seed is not None
+        return rng.unit(like, rng.key(self.seed, *self.salts, slot))
+
+    def gaussian(self, like: Tensor, slot: int = 0) -> Tensor:
+        """Draws N(0, 1) in the shape and dtype of a tensor; for a training call."""
+        assert self.seed is not None
+        return rng.gaussian(like, rng.key(self.seed, *self.salts, slot))
+
     def dropout(self, x: Tensor, p: float, slot: int = 0) -> Tensor:
         """Drops elements of ``x`` with probability ``p`` when training; ``slot`` tells several draws of a site apart.
 

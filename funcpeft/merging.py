@@ -310,7 +310,8 @@ def merge_params(plain: Mapping[str, Any], attached: Mapping[str, Any], target: 
         site = expr.site
         bias = None if site.bias is None else dense(attached[site.bias])
         one = merge_site(expr, bias, target)
-        merged[key], rows[site.path] = one.leaf, one.measures
+        kept = isinstance(one.leaf, Tensor) and one.leaf._base is expr.base  # a method of biases returns a view of the weight
+        merged[key], rows[site.path] = expr.base if kept else one.leaf, one.measures
         if one.bias is not None and site.bias is not None:
             merged[site.bias] = one.bias
         if one.note:

@@ -114,3 +114,21 @@ def dropout(x: Tensor, p: float, key: tuple[Any, Any]) -> Tensor:
         return x * 0.0
     keep = bits(key, x.shape, x.device) >= int(p * 2**32)
     return torch.where(keep, x / (1.0 - p), torch.zeros_like(x))
+
+
+def unit(like: Tensor, key: tuple[Any, Any]) -> Tensor:
+    """Draws U[0, 1) in the shape, dtype and device of a tensor, in steps of 2^-24, by hashing as ``bits`` does."""
+    return ((bits(key, like.shape, like.device) >> 8).to(torch.float32) * 2.0**-24).to(like.dtype)
+
+
+def gaussian(like: Tensor, key: tuple[Any, Any]) -> Tensor:
+    """Draws N(0, 1) in the shape, dtype and device of a tensor, computed in float32.
+
+    References:
+        Box and Muller, A Note on the Generation of Random Normal Deviates, 1958, eq. (1).
+    """
+    first, second = key
+    wide = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    radius = (-2 * torch.log(1 - unit(wide, key))).sqrt()
+    angle = 2 * torch.pi * unit(wide, (second, _mix((first + 1) & _MASK)))
+    return (radius * torch.cos(angle)).to(like.dtype)

@@ -97,7 +97,7 @@ def test_file_written_here_computes_the_same_in_peft(row, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings(
-            "ignore", message=".*(fan_in_fan_out|save vera_A|load vera_A|Sparse invariant|Unsupported layer type).*"
+            "ignore", message=".*(fan_in_fan_out|save vera_A|load vera_A|Sparse invariant|Unsupported layer type|Failed to load the CUDA|Setting boft_n).*"
         )
         back = peft.PeftModel.from_pretrained(base_of(row)[0], tmp_path / "ours").eval()
     with torch.no_grad():

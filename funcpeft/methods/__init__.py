@@ -1,8 +1,15 @@
 """The registry of methods: one import per line, sorted, no logic. A new method is its file and its line here."""
 
+from funcpeft.methods.beft import BEFT
+from funcpeft.methods.boft import BOFT
+from funcpeft.methods.c3a import C3A
+from funcpeft.methods.delora import DeLoRA
 from funcpeft.methods.dora import DoRA
 from funcpeft.methods.fourierft import FourierFT
 from funcpeft.methods.full import Full
+from funcpeft.methods.gralora import GraLoRA
+from funcpeft.methods.hira import HiRA
+from funcpeft.methods.hra import HRA
 from funcpeft.methods.ia3 import IA3
 from funcpeft.methods.lntuning import LNTuning
 from funcpeft.methods.loha import LoHa
@@ -18,11 +25,18 @@ from funcpeft.methods.trainabletokens import TrainableTokens
 from funcpeft.methods.vera import VeRA
 
 __all__ = [
+    "BEFT",
+    "BOFT",
+    "C3A",
+    "HRA",
     "IA3",
     "OFT",
+    "DeLoRA",
     "DoRA",
     "FourierFT",
     "Full",
+    "GraLoRA",
+    "HiRA",
     "LNTuning",
     "LoHa",
     "LoKr",

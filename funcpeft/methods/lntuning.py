@@ -23,4 +23,9 @@ class LNTuning(Full):
 
     peft_type: ClassVar[str] = "LN_TUNING"
     file_infix: ClassVar[str] = "ln_tuning_layers"
-    peft_lacks: ClassVar[tuple[str, ...]] = ("target_parameters", "layers_to_transform", "layers_pattern")
+    peft_lacks: ClassVar[tuple[str, ...]] = (
+        "target_parameters",
+        "layers_to_transform",
+        "layers_pattern",
+        "ensure_weight_tying",
+    )

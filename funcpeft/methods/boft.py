@@ -1,0 +1,161 @@
+r"""BOFT: orthogonal butterfly fine-tuning.
+
+.. math:: W' = \mathrm{diag}(s) \, W M^\top, \qquad M = O_{F-1} \cdots O_1 O_0, \qquad
+   O_f = P_f \, \mathrm{diag}(Q_{f,1}, \dots, Q_{f,N}) \, P_f^\top
+
+Q_{f, j} = (I - S)(I + S)^{-1} (H, H), with S = (R - R^T) / 2: rotations of blocks of the leaf R (F, N, H, H), which is trained;
+s (out,): trained; H: block size; N: number of blocks; F: butterfly factors. P_f orders features so that the blocks of factor f
+join features that are H 2^f / 2 apart. Inputs are turned factor by factor, so a linear layer's weight is never made dense.
+
+References:
+    Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, 2023, arXiv 2311.06243, eq. (2) to (4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcpeft import rng
+from funcpeft.context import Context
+from funcpeft.method import Method
+from funcpeft.rotations import cayley, rotate
+from funcpeft.tree import Leaves
+from funcpeft.weights import Base, wide
+
+
+def butterfly(dim: int, size: int, factor: int) -> Tensor:
+    """Returns the order of ``dim`` features in which a factor's blocks of ``size`` are consecutive, as an index.
+
+    Chunks of ``size * 2^factor`` features are cut into half-blocks, of which the even ones come first, then the odd ones.
+    """
+    index = torch.arange(dim)
+    if factor == 0:
+        return index
+    halves = index.unflatten(0, (-1, 2 ** (factor + 1), size // 2))  # chunks, half-blocks, features
+    return torch.cat([halves[:, 0::2], halves[:, 1::2]], 1).flatten()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFT(Method):
+    """Orthogonal fine-tuning by a product of sparse rotations.
+
+    Args:
+        boft_block_size: Size H of the blocks, or 0 if their number is given.
+        boft_block_num: Number N of blocks, or 0 if their size is given.
+        boft_n_butterfly_factor: Number F of factors; 1 is block-diagonal.
+        boft_dropout: Fraction of the blocks of one factor, drawn anew at each call, that do not turn in training.
+        init_weights: Whether the start is neutral; else R is N(0, 0.1^2) and s is N(1, 0.1^2).
+        bias: Which biases are trained beside: ``"none"``, ``"all"`` of the model, ``"boft_only"`` those of the targets.
+    """
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_dropout: float = 0.0
+    init_weights: bool = True
+    bias: str = "none"
+
+    peft_type: ClassVar[str] = "BOFT"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv"})
+    peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
+    leaf_names: ClassVar[tuple[str, ...]] = ("R", "s")
+    weight_free: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
+    bias_only: ClassVar[str] = "boft_only"
+    size: ClassVar[str] = "boft_n_butterfly_factor * in_ * boft_block_size + out"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("boft_block_size", "boft_block_num"):
+            v = getattr(self, name)
+            self.require(isinstance(v, int) and v >= 0, name, "a non-negative integer", v)
+        sizes = (self.boft_block_size, self.boft_block_num)
+        rule = "such that exactly one of boft_block_size and boft_block_num is not 0"
+        self.require(sum(n != 0 for n in sizes) == 1, "boft_block_size", rule, sizes)
+        self.require_positive("boft_n_butterfly_factor")
+        self.require_probability("boft_dropout")
+        self.require_bias()
+
+    @classmethod
+    def examples(cls) -> tuple[Method, ...]:
+        return cls(boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.5), cls(boft_block_size=0, boft_block_num=1)
+
+    def blocks(self, base: Base) -> tuple[int, int]:
+        """Returns the number and the size of the blocks at a site."""
+        dim = base.shape[-1]
+        if self.boft_block_size:
+            return dim // self.boft_block_size, self.boft_block_size
+        return self.boft_block_num, dim // self.boft_block_num
+
+    def check_site(self, base: Base) -> None:
+        dim, (count, size), factors = base.shape[-1], self.blocks(base), self.boft_n_butterfly_factor
+        name = "boft_block_size" if self.boft_block_size else "boft_block_num"
+        divisors = [d for d in range(1, dim + 1) if dim % d == 0]
+        remedy = f"use one of {divisors[:12]}" + (", ..." if len(divisors) > 12 else "")
+        self.require_at(count * size == dim and count > 0, base, f"{name} must divide in {dim}", getattr(self, name), remedy)
+        if factors > 1:
+            fits = size % 2 == 0 and count % 2 ** (factors - 1) == 0
+            rule = f"{factors} factors need blocks of even size and a number of them that 2^{factors - 1} divides"
+            self.require_at(fits, base, rule, f"{count} of size {size}")
+        groups = base.kind.groups
+        self.require_at(groups == 1, base, "a rotation mixes features: groups must be 1", groups, "leave the site out")
+
+    def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
+        count, size = self.blocks(base)
+        shape, out = (self.boft_n_butterfly_factor, count, size, size), base.shape[-2]
+        if self.init_weights:
+            return {"R": torch.zeros(shape), "s": torch.ones(out)}, {}
+        return {"R": rng.normal(shape, gen, 0.1), "s": rng.normal((out,), gen, 0.1, 1.0)}, {}
+
+    def turned(self, h: Tensor, q: Tensor, *, back: bool = False) -> Tensor:
+        """Returns rows ``h (..., in)`` times M, or times M^T."""
+        dim, size = h.shape[-1], q.shape[-1]
+        for f in range(len(q)) if back else reversed(range(len(q))):
+            order = butterfly(dim, size, f).to(h.device)
+            h = rotate(h[..., order], q[f].mT if back else q[f])[..., torch.argsort(order)]
+        return h
+
+    def rotations(self, leaves: Leaves, context: Context | None = None) -> Tensor:
+        """Returns Q ``(F, N, H, H)``, some of them neutral in training."""
+        r = wide(leaves["R"])
+        q = cayley((r - r.mT) / 2)
+        dropped = int(self.boft_dropout * q.shape[1])
+        if context is None or not context.training or not dropped:
+            return q
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        ones = torch.ones(q.shape[:2], dtype=q.dtype, device=q.device)
+        ranks = context.uniform(ones, 0).argsort(-1).argsort(-1)  # a random order of the blocks of every factor
+        chosen = context.uniform(ones[:, 0], 1).argmax() == torch.arange(len(q), device=q.device)
+        return torch.where((chosen[:, None] & (ranks < dropped))[..., None, None], eye, q)
+
+    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        q, s = self.rotations(leaves, context), leaves["s"]
+        if base.kind.name == "conv":
+            return self._changed(base, q, s).meet(x)
+        y = base(self.turned(x.to(torch.promote_types(x.dtype, q.dtype)), q)).to(s.dtype)
+        return s * y if base.bias is None else s * y + (1 - s) * base.bias
+
+    def _changed(self, base: Base, q: Tensor, s: Tensor) -> Base:
+        return base.replace(weight=s[:, None] * self.turned(base.weight, q, back=True))
+
+    def merge(self, leaves: Leaves, base: Base) -> Base:
+        return self._changed(base, self.rotations(leaves).to(base.precision), leaves["s"])
+
+    def unmerge(self, leaves: Leaves, base: Base) -> Base:
+        q = self.rotations(leaves).to(base.precision)
+        return base.replace(weight=self.turned(base.weight / leaves["s"][:, None], q))
+
+    def unmerge_gain(self, leaves: Leaves, base: Base) -> Tensor | float:
+        return math.sqrt(base.shape[-1]) * (1 / leaves["s"]).abs().max().clamp(min=1)
+
+    def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
+        assert base is not None
+        return {"boft_R": leaves["R"], "boft_s": leaves["s"][None] if base.kind.name == "conv" else leaves["s"][:, None]}
+
+    def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
+        return {"R": tensors["boft_R"], "s": tensors["boft_s"].flatten()}

@@ -1,0 +1,114 @@
+r"""HRA: Householder reflection adaptation.
+
+.. math:: W' = W H_1 H_2 \cdots H_r, \qquad H_k = I - 2 u_k u_k^\top, \quad u_k = U_k / \lVert U_k \rVert
+
+U (in, r): one vector per reflection, trained; pairs of equal vectors make the start neutral, so r should be even. With
+``apply_GS`` the vectors are made orthogonal first, Q = orth(U), and W' = W (I - 2 Q Q^T). Reflections act on the input one
+after the other, so the weight is never made dense; a kernel's patches are reflected and then met with the weight.
+
+References:
+    Yuan et al., Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, 2024,
+    arXiv 2405.17484, eq. (5) and (6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcpeft import rng
+from funcpeft.context import Context
+from funcpeft.method import Method
+from funcpeft.tree import Leaves
+from funcpeft.weights import Base, wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class HRA(Method):
+    """Orthogonal adaptation by a chain of reflections.
+
+    Args:
+        r: Number of reflections; even for a neutral start.
+        apply_GS: Whether the vectors are made orthogonal before they reflect. Gram and Schmidt's rule is not defined at the
+            neutral start, whose vectors are equal in pairs; the start is then of different vectors, and not neutral.
+        init_weights: Whether vectors come in equal pairs; else all are drawn apart.
+        bias: Which biases are trained beside: ``"none"``, ``"all"`` of the model, ``"hra_only"`` those of the targets.
+    """
+
+    r: int = 8
+    apply_GS: bool = False
+    init_weights: bool = True
+    bias: str = "none"
+
+    peft_type: ClassVar[str] = "HRA"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv"})
+    keys: ClassVar[dict[str, str]] = {"U": "hra_u"}
+    leaf_names: ClassVar[tuple[str, ...]] = ("U",)
+    weight_free: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
+    bias_only: ClassVar[str] = "hra_only"
+    size: ClassVar[str] = "r * in_"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("r")
+        self.require_bias()
+
+    @classmethod
+    def examples(cls) -> tuple[Method, ...]:
+        return (cls(r=4),)
+
+    @property
+    def paired(self) -> bool:
+        """Whether the start is of equal pairs."""
+        return self.init_weights and self.r % 2 == 0 and not self.apply_GS
+
+    def check_site(self, base: Base) -> None:
+        in_ = base.shape[-1]
+        self.require_at(in_ > 1, base, "a reflection needs at least 2 features", in_, "leave the site out")
+        groups = base.kind.groups
+        self.require_at(groups == 1, base, "reflections need a convolution of one group", groups, "leave the site out")
+        if self.apply_GS:
+            self.require_at(self.r <= in_, base, f"with apply_GS r must be at most in = {in_}", self.r)
+
+    def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
+        in_ = base.shape[-1]
+        if self.paired:
+            return {"U": rng.kaiming((in_, self.r // 2), gen).repeat_interleave(2, dim=1)}, {}
+        return {"U": rng.kaiming((in_, self.r), gen)}, {}
+
+    def reflected(self, h: Tensor, u: Tensor, *, back: bool = False) -> Tensor:
+        """Returns rows ``h (..., in)`` times H_r ... H_1, which is what inputs meet, or times H_1 ... H_r."""
+        if self.apply_GS:
+            q = _orthogonal(u)
+            return h - 2 * (h @ q) @ q.mT
+        unit = u / u.norm(dim=0)
+        order = range(u.shape[1]) if back else reversed(range(u.shape[1]))
+        for k in order:
+            h = h - 2 * (h @ unit[:, k])[..., None] * unit[:, k]
+        return h
+
+    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        if base.kind.name == "conv":
+            return super().apply(leaves, base, x, context)
+        u = wide(leaves["U"])
+        return base(self.reflected(x.to(torch.promote_types(x.dtype, u.dtype)), u))
+
+    def merge(self, leaves: Leaves, base: Base) -> Base:
+        return base.replace(weight=self.reflected(base.weight, leaves["U"], back=True))
+
+    def unmerge(self, leaves: Leaves, base: Base) -> Base:
+        return base.replace(weight=self.reflected(base.weight, leaves["U"]))
+
+
+def _orthogonal(u: Tensor) -> Tensor:
+    """Returns the orthonormal vectors that Gram and Schmidt make of the columns of ``u``, one after the other."""
+    columns: list[Tensor] = []
+    for k in range(u.shape[1]):
+        v = u[:, k]
+        for q in columns:
+            v = v - (q @ v) * q
+        columns.append(v / v.norm())
+    return torch.stack(columns, 1)

@@ -1,0 +1,15 @@
+"""Parity rows of BOFT; peft has further factors on a GPU only, see test_differences_boft.py."""
+
+from rows.row import LINEARS, Row
+
+
+def boft(model, targets=LINEARS, **kwargs):
+    return Row("BOFTConfig", model, {"target_modules": targets, **kwargs}, single=True)
+
+
+ROWS = [
+    boft("mlp", boft_block_size=4),
+    boft("mlp3d", boft_block_size=0, boft_block_num=2, bias="boft_only"),
+    boft("mlp", boft_block_size=4, init_weights=False),
+    boft("conv2d", ["conv0", "conv1"], boft_block_size=4),
+]
