@@ -55,7 +55,7 @@ class Context:
 
     def at(self, *salts: int) -> Context:
         """Returns the context of one place inside the call, whose draws differ from those of other places."""
-        return replace(self, salts=self.salts + salts) if self.training else self
+        return replace(self, salts=self.salts + salts) if self.training or self.seed is not None else self
 
     def value(self, name: str) -> Tensor:
         """Returns a value of the call.

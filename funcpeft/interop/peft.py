@@ -308,7 +308,7 @@ def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor],
     for file_key, path, key, t in _entry_tensors(net, entry, fresh):
         given = left.pop(file_key, None)
         if given is None:
-            wrong["missing"].extend([file_key] if key not in entry.method.optional_keys else [])
+            wrong["missing"].extend([] if path in entry.sites and key in entry.method.optional_keys else [file_key])
         elif given.shape != t.shape:
             wrong["misshapen"].append(f"{file_key} {tuple(given.shape)}, not {tuple(t.shape)}")
         else:

@@ -19,9 +19,15 @@ from funcpeft.methods.miss import MiSS
 from funcpeft.methods.oft import OFT
 from funcpeft.methods.prefixtuning import PrefixTuning
 from funcpeft.methods.prompttuning import PromptTuning
+from funcpeft.methods.pvera import PVeRA
+from funcpeft.methods.randlora import RandLoRA
 from funcpeft.methods.road import RoAd
 from funcpeft.methods.shira import SHiRA
+from funcpeft.methods.supertuning import SuperTuning
+from funcpeft.methods.tinylora import TinyLoRA
 from funcpeft.methods.trainabletokens import TrainableTokens
+from funcpeft.methods.unilora import UniLoRA
+from funcpeft.methods.vblora import VBLoRA
 from funcpeft.methods.vera import VeRA
 
 __all__ = [
@@ -42,10 +48,16 @@ __all__ = [
     "LoKr",
     "LoRA",
     "MiSS",
+    "PVeRA",
     "PrefixTuning",
     "PromptTuning",
+    "RandLoRA",
     "RoAd",
     "SHiRA",
+    "SuperTuning",
+    "TinyLoRA",
     "TrainableTokens",
+    "UniLoRA",
+    "VBLoRA",
     "VeRA",
 ]
