@@ -96,6 +96,8 @@ class Method:
     identity_at_init: ClassVar[bool] = True
     #: Whether its leaves depend on which other sites there are.
     depends_on_sites: ClassVar[bool] = False
+    #: Whether what it computes for a row depends on the other rows of the call, so that rows cannot be routed to members.
+    mixes_rows: ClassVar[bool] = False
     #: Whether it replaces every parameter of a target, whatever the module's class.
     takes_any: ClassVar[bool] = False
     #: Whether it adapts the tensor itself, hence also the other modules that a tied weight belongs to.
@@ -220,6 +222,10 @@ class Method:
         """Returns the gradients of one site's trained leaves as the method wants them stepped; by default as they are."""
         return grads
 
+    def derived(self, leaves: Leaves, base: Base) -> Leaves:
+        """Returns frozen leaves of a site that follow from the base and other leaves; made anew once a file is read."""
+        return {}
+
     def scopes(self, sites: Mapping[str, Base]) -> Mapping[str, tuple[str, ...]]:
         """Says, by site, in which scopes its shared leaves live."""
         return {path: ("",) for path in sites}
@@ -234,6 +240,11 @@ class Method:
     def call_leaves(self, leaves: Leaves) -> Leaves:
         """Returns what ``wrap`` reads, made of the leaves; ``wrap`` takes it with a leading axis of rows too."""
         return leaves
+
+    @staticmethod
+    def names_site(key: str, path: str) -> bool:
+        """Whether a key of the method's patterns names a path."""
+        return pattern_matches(key, path)
 
     def check_site(self, base: Base) -> None:
         """Raises ``ValueError`` if the method's fields do not fit a site; shapes only, before any work."""

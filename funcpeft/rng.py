@@ -10,6 +10,8 @@ The only file that makes a generator. Imports torch alone.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,15 @@ class Stream:
 def stream(seed: int) -> Stream:
     """Makes a shared stream that equals torch's global CPU stream after ``torch.manual_seed(seed)``."""
     return Stream(seed, torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def lent(gen: torch.Generator) -> Iterator[None]:
+    """Lets functions that draw from torch's global CPU generator draw from another one, and leaves the global one as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(gen.get_state())
+        yield
+        gen.set_state(torch.get_rng_state())
 
 
 def generator(seed: int | Stream, path: str) -> torch.Generator:

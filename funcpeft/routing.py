@@ -67,10 +67,18 @@ def apply_routed(
         What the model returns, rows in the order of the inputs.
 
     Raises:
-        ValueError: If ``index`` has another length than the batch, or a value outside of [-1, N); else as ``apply_many``.
+        ValueError: If ``index`` has another length than the batch, or a value outside of [-1, N), or what a method of the net
+            computes for a row depends on the other rows; else as ``apply_many``.
         TypeError: If ``index`` does not hold integers; else as ``apply_many``.
     """
     n = checked_members("apply_routed", net, stacked, strategy, call, context, _STRATEGIES)
+    for method in net.methods:
+        if method.mixes_rows:
+            rule, remedy = (
+                "rows can be routed where a method computes each by itself",
+                "give every member its batch: apply_many",
+            )
+            raise ValueError(errors.say("apply_routed", rule, type(method).__name__, remedy))
     require_values(net.methods, context)
     context, values = as_inputs(context)
     kwargs = {**kwargs, **values}

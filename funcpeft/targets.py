@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from funcpeft import errors, layers
 from funcpeft.functional import Model
-from funcpeft.method import Method, pattern_matches
+from funcpeft.method import Method
 from funcpeft.weights import Base, Site
 
 
@@ -225,7 +225,7 @@ def _every_pattern(method: Method, paths: Sequence[str]) -> None:
     keys = [(field, key) for field, value in patterns.items() if isinstance(value, Mapping) for key in value]
     for field, key in keys:
         try:
-            hit = any(pattern_matches(key, p) for p in paths)
+            hit = any(method.names_site(key, p) for p in paths)
         except re.error as e:
             raise ValueError(
                 errors.say(method.label, f"a key of {field} must be a valid regular expression", f"{key!r} ({e})")

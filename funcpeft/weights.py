@@ -185,6 +185,20 @@ class Base:
         """Meets ``x`` with a matrix ``(rows, in)`` at the layer's geometry, in the matrix's dtype, without bias."""
         return self.kind.map(x if self.takes_ids else x.to(matrix.dtype), matrix, self.site.shape)
 
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Meets rows ``y (..., out)`` with the transposed weight, ``y @ weight``, which a stored weight is not made dense for.
+
+        For layer kinds with ``has_adjoint``. It is the derivative of the layer by its input, so whatever inputs can meet will
+        do; where a method sits in between, that is its merged weight, in the precision in which they are combined.
+        """
+        if isinstance(self._expr, Adapted):
+            return y @ self.weight.to(y.dtype)
+        if isinstance(self._expr, Tensor):
+            return self.kind.adjoint(y, self._expr.to(y.dtype))
+        x = torch.zeros(*y.shape[:-1], self.shape[-1], dtype=self.dtype, device=y.device)
+        back: Any = torch.func.vjp(lambda x: meet(self._expr, self.site, None, x, self._occurrence), x)[1]
+        return back(y.to(self.dtype))[0].to(y.dtype)
+
     def over_in(self, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Applies ``f`` to inputs with the feature axis moved last."""
         axis = self.kind.feature_axis()

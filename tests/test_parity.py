@@ -44,7 +44,8 @@ QUIET = pytest.mark.filterwarnings(
 def base_of(row):
     torch.manual_seed(1)
     make, draw = MODELS[row.model]
-    return make().double().eval(), draw()
+    dtype, x = getattr(torch, row.dtype), draw()
+    return make().to(dtype).eval(), x.to(dtype) if x.is_floating_point() else x
 
 
 def oracle(row, seed=5):
@@ -75,7 +76,7 @@ def saved(row, folder):
 
 
 def tolerance(row, reference):
-    eps = torch.finfo(torch.float32 if row.single else torch.float64).eps
+    eps = torch.finfo(torch.float32 if row.single else getattr(torch, row.dtype)).eps
     return 500 * eps * (1 + float(reference.abs().max()))
 
 

@@ -280,7 +280,8 @@ def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str) ->
     made: list[Adapter] = []
     wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": []}
     for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True)), strict=True):
-        made.append(_fill_entry(net, entry, fresh, left, wrong))
+        filled = _fill_entry(net, entry, fresh, left, wrong)
+        made.append(filled if any(wrong.values()) else _with_derived(net, entry, filled, params))
         for key, t in _tied_tensors(net, entry, made[-1]):
             _require_equal(left.pop(key, t), t, f"{where} at {key!r}")
     wrong["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
@@ -328,6 +329,17 @@ def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor],
             old = tree.setdefault(place, {}).get(name)
             tree[place][name] = t.clone() if old is None else t.to(dtype=old.dtype, device=old.device, copy=True)
     return fresh.replace(params=params, consts=consts)
+
+
+def _with_derived(net: Net, entry: Entry, adapter: Adapter, params: Params) -> Adapter:
+    """Returns the adapter with the frozen leaves that follow from what was read."""
+    if type(entry.method).derived is Method.derived:
+        return adapter
+    consts = dict(adapter.consts)
+    for path, base in net.bases(entry, params).items():
+        made, old = entry.method.derived(entry.leaves(adapter, path), base), consts.get(path, {})
+        consts[path] = {**old, **{n: t.to(old[n].dtype) if n in old else t for n, t in made.items()}}
+    return adapter.replace(consts=consts)
 
 
 def _require_equal(found: Tensor, wanted: Tensor, where: str) -> None:

@@ -3,22 +3,28 @@
 from funcpeft.methods.beft import BEFT
 from funcpeft.methods.boft import BOFT
 from funcpeft.methods.c3a import C3A
+from funcpeft.methods.deft import DEFT
 from funcpeft.methods.delora import DeLoRA
 from funcpeft.methods.dora import DoRA
 from funcpeft.methods.fourierft import FourierFT
 from funcpeft.methods.full import Full
+from funcpeft.methods.glora import GLoRA
 from funcpeft.methods.gralora import GraLoRA
 from funcpeft.methods.hira import HiRA
 from funcpeft.methods.hra import HRA
 from funcpeft.methods.ia3 import IA3
+from funcpeft.methods.lily import Lily
 from funcpeft.methods.lntuning import LNTuning
 from funcpeft.methods.loha import LoHa
 from funcpeft.methods.lokr import LoKr
 from funcpeft.methods.lora import LoRA
 from funcpeft.methods.miss import MiSS
 from funcpeft.methods.oft import OFT
+from funcpeft.methods.osf import OSF
+from funcpeft.methods.peanut import PEANuT
 from funcpeft.methods.prefixtuning import PrefixTuning
 from funcpeft.methods.prompttuning import PromptTuning
+from funcpeft.methods.psoft import PSOFT
 from funcpeft.methods.pvera import PVeRA
 from funcpeft.methods.randlora import RandLoRA
 from funcpeft.methods.road import RoAd
@@ -34,20 +40,26 @@ __all__ = [
     "BEFT",
     "BOFT",
     "C3A",
+    "DEFT",
     "HRA",
     "IA3",
     "OFT",
+    "OSF",
+    "PSOFT",
     "DeLoRA",
     "DoRA",
     "FourierFT",
     "Full",
+    "GLoRA",
     "GraLoRA",
     "HiRA",
     "LNTuning",
+    "Lily",
     "LoHa",
     "LoKr",
     "LoRA",
     "MiSS",
+    "PEANuT",
     "PVeRA",
     "PrefixTuning",
     "PromptTuning",

@@ -177,7 +177,10 @@ def vmap(case: Case) -> None:
 
 
 def many(case: Case) -> None:
-    """``apply_many`` and ``apply_routed`` equal a loop over members, by value and by gradient."""
+    """``apply_many`` and ``apply_routed`` equal a loop over members, by value and by gradient.
+
+    Routing is refused for methods that say that they mix the rows of a call.
+    """
     b = case.built()
     members = [b.adapter(i) for i in range(3)]
     stacked, shared = stack(members), {"in_dims": None, "context": b.context(), **b.options()}
@@ -205,6 +208,12 @@ def many(case: Case) -> None:
 
 def _routed(case: Case, b: Built, stacked: Adapter, alone: list[tuple[Tensor, ...]], outs: Any) -> None:
     rows = b.x.shape[0]
+    if case.method.mixes_rows:
+        try:
+            apply_routed(b.net, b.params, stacked, [0] * rows, b.x, context=b.context(), **b.options())
+        except ValueError:
+            return
+        raise AssertionError(f"many: a method that mixes rows must not be routed, at {case}")
     index = [(2, -1, 0, 2, 1)[i % 5] for i in range(rows)]
     prompts = case.method.wraps and any(o.shape != w.shape for o, w in zip(alone[0], b.base_out(), strict=True))
     index = [abs(i) for i in index] if prompts else index  # a row with a prompt has more positions than one without

@@ -75,6 +75,7 @@ class Row:
     single: bool = False
     merges: bool = True
     init: bool = True
+    dtype: str = "float64"
 
     def __str__(self):
         return f"{self.config}-{self.model}-{'-'.join(f'{k}={v}' for k, v in self.kwargs.items() if k != 'target_modules')}"
