@@ -30,9 +30,11 @@ from funcpeft.methods import (
     OFT,
     OSF,
     PSOFT,
+    AdaMSS,
     DeLoRA,
     DoRA,
     FourierFT,
+    FRoD,
     Full,
     GLoRA,
     GraLoRA,
@@ -56,6 +58,7 @@ from funcpeft.methods import (
     UniLoRA,
     VBLoRA,
     VeRA,
+    WaveFT,
 )
 from funcpeft.perexample import clipped_grads, per_example_grads, per_example_norms
 from funcpeft.population import PopulationWarning, apply_many, plan_many
@@ -88,6 +91,7 @@ __all__ = [
     "OFT",
     "OSF",
     "PSOFT",
+    "AdaMSS",
     "Adapter",
     "AdapterModule",
     "Additive",
@@ -100,6 +104,7 @@ __all__ = [
     "DeLoRA",
     "Dense",
     "DoRA",
+    "FRoD",
     "Format",
     "FourierFT",
     "Full",
@@ -138,6 +143,7 @@ __all__ = [
     "UniLoRA",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
     "accumulate",
     "adapt",
     "apply_many",

@@ -1,8 +1,11 @@
 """Lily: groups, what they share, many adapters at once, and refusals."""
 
+from collections import Counter
+
 import pytest
 import torch
 from rows.lily import Tower
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from funcpeft.adapt import adapt
@@ -14,7 +17,6 @@ from funcpeft.population import apply_many, plan_many
 from funcpeft.routing import apply_routed
 from funcpeft.stacking import stack
 from funcpeft.tree import tree_map
-from safetensors.torch import load_file, save_file
 
 
 def randn(*shape, seed=0):
@@ -39,21 +41,25 @@ def tower(**fields):
 
 def test_layers_share_by_entry_and_by_runs():
     _, params, net = tower(target_modules=["up", "down"], stride_A=3)
-    adapter = net.init(params, 0)
-    scopes = net.entries[0].scopes
-    assert scopes["blocks.0.up"] == ("up/8x6", "up/8x6/0")
-    assert [scopes[f"blocks.{i}.down"][1] for i in range(4)] == ["down/6x8/0"] * 3 + ["down/6x8/1"]
-    assert set(adapter.params["up/8x6"]) == {"B"}
-    assert set(adapter.params["up/8x6/1"]) == {"A"}
+    adapter, scopes = net.init(params, 0), net.entries[0].scopes
+    names = {kind: [scopes[f"blocks.{i}.{kind}"] for i in range(4)] for kind in ("up", "down")}
+    for found in names.values():
+        assert len({b for b, _ in found}) == 1
+        assert [a == found[0][1] for _, a in found] == [True, True, True, False]
+    assert not {s for v in names["up"] for s in v} & {s for v in names["down"] for s in v}
     assert set(adapter.params["blocks.3.up"]) == {"R"}
-    assert sum(t.numel() for v in adapter.params.values() for t in v.values()) == 2 * (2 * 2 * 6 + 2 * 2 * 8 + 16 + 12)
+    assert sum(t.numel() for v in adapter.params.values() for t in v.values()) == 24 + 32 + 32 + 24 + 8 * 4
+
+
+def outer(net):
+    """Counts the layers that share B, by group."""
+    return sorted(Counter(s[0] for s in net.entries[0].scopes.values()).values())
 
 
 def test_the_longest_entry_names_the_group_and_of_all_linear_every_layer():
-    _, _, net = tower(target_modules=["up", "blocks.0.up"])
-    assert {s[0] for s in net.entries[0].scopes.values()} == {"up/8x6", "blocks.0.up/8x6"}
-    _, _, net = tower(target_modules="all-linear")
-    assert len({s for v in net.entries[0].scopes.values() for s in v}) == 16
+    assert outer(tower(target_modules=["up", "blocks.0.up"])[2]) == [1, 3]
+    assert outer(tower(target_modules="all-linear")[2]) == [1] * 8
+    assert outer(tower(target_modules=r".*(up|down)")[2]) == [4, 4]
 
 
 def test_a_model_of_a_known_architecture_has_groups_of_its_default_targets():
@@ -61,7 +67,7 @@ def test_a_model_of_a_known_architecture_has_groups_of_its_default_targets():
 
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=16)
     net = adapt(functionalize(LlamaForCausalLM(config))[0], Lily(r=2))
-    assert {s[0] for s in net.entries[0].scopes.values()} == {"q_proj/8x8", "v_proj/8x8"}
+    assert outer(net) == [2, 2]
 
 
 def test_the_output_by_hand():
@@ -111,7 +117,7 @@ def test_copies_in_a_file_must_agree(tmp_path):
     tensors = load_file(file)
     tensors["base_model.model.blocks.2.up.lily_B.weight"] += 1
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match="lily at 'blocks.2.up': every site's copy of 'B', which sites share"):
+    with pytest.raises(CheckpointError, match=r"lily at 'blocks.2.up': every site's copy of 'B', which sites share"):
         load_peft(model, params, tmp_path)
 
 
@@ -120,7 +126,7 @@ def test_copies_in_a_file_must_agree(tmp_path):
     [
         ({"r": 0}, "r must be a positive integer, got 0"),
         ({"stride_A": 0}, "stride_A must be a positive integer, got 0"),
-        ({"num_B": 1}, "num_B must be at least 2, or there is nothing to route, got 1"),
+        ({"num_B": 1}, "num_B must be an integer of at least 2, got 1"),
     ],
 )
 def test_refusals(fields, text):

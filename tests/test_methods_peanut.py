@@ -92,7 +92,7 @@ def test_the_transposed_layer_is_the_derivative_by_the_input(make):
         ({"r": 0}, "r must be a positive integer, got 0"),
         ({"depth": -1}, "depth must be a non-negative integer, got -1"),
         ({"depth": True}, "depth must be a non-negative integer, got True"),
-        ({"act_fn": "prelu"}, "act_fn must be one of 'relu', 'relu2'.*got 'prelu'"),
+        ({"act_fn": "prelu"}, "act_fn must be one of 'gelu', 'gelu_10'.*got 'prelu'"),
     ],
 )
 def test_refusals(fields, text):

@@ -228,7 +228,7 @@ def method_of(config: Mapping[str, Any], where: str = "adapter config") -> Metho
 
 
 def _never_none(cls: type[Method], name: str) -> bool:
-    return next(f.default for f in dataclasses.fields(cls) if f.name == name) is not None
+    return "None" not in next(str(f.type) for f in dataclasses.fields(cls) if f.name == name)
 
 
 def _refused(cls: type[Method], config: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """The registry of methods: one import per line, sorted, no logic. A new method is its file and its line here."""
 
+from funcpeft.methods.adamss import AdaMSS
 from funcpeft.methods.beft import BEFT
 from funcpeft.methods.boft import BOFT
 from funcpeft.methods.c3a import C3A
@@ -7,6 +8,7 @@ from funcpeft.methods.deft import DEFT
 from funcpeft.methods.delora import DeLoRA
 from funcpeft.methods.dora import DoRA
 from funcpeft.methods.fourierft import FourierFT
+from funcpeft.methods.frod import FRoD
 from funcpeft.methods.full import Full
 from funcpeft.methods.glora import GLoRA
 from funcpeft.methods.gralora import GraLoRA
@@ -35,6 +37,7 @@ from funcpeft.methods.trainabletokens import TrainableTokens
 from funcpeft.methods.unilora import UniLoRA
 from funcpeft.methods.vblora import VBLoRA
 from funcpeft.methods.vera import VeRA
+from funcpeft.methods.waveft import WaveFT
 
 __all__ = [
     "BEFT",
@@ -46,8 +49,10 @@ __all__ = [
     "OFT",
     "OSF",
     "PSOFT",
+    "AdaMSS",
     "DeLoRA",
     "DoRA",
+    "FRoD",
     "FourierFT",
     "Full",
     "GLoRA",
@@ -72,4 +77,5 @@ __all__ = [
     "UniLoRA",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
 ]

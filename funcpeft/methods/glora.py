@@ -56,7 +56,7 @@ class GLoRA(Method):
 
     peft_type: ClassVar[str] = "GLORA"
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    leaf_names: ClassVar[tuple[str, ...]] = tuple(f"{t}{part}" for t in _TERMS for part in ("d", "u", "")) + ("rank",)
+    leaf_names: ClassVar[tuple[str, ...]] = ("rank", *(f"{t}{part}" for t in _TERMS for part in ("d", "u", "")))
     rank_axes: ClassVar[dict[str, int]] = {f"{t}{part}": axis for t in "ABC" for part, axis in (("d", -1), ("u", -2))}
     weight_free: ClassVar[bool] = True
     bias_only: ClassVar[str] = "glora_only"

@@ -48,6 +48,7 @@ class Lily(Method):
     peft_type: ClassVar[str] = "LILY"
     keys: ClassVar[dict[str, str]] = {"A": "lily_A.weight", "B": "lily_B.weight", "R": "lily_router.weight"}
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "R", "scaling")
+    rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -2, "R": -1}
     weight_free: ClassVar[bool] = True
     depends_on_sites: ClassVar[bool] = True
     size: ClassVar[str] = "num_B * r"
@@ -89,7 +90,7 @@ class Lily(Method):
             for scope in self.scopes(sites)[path]:  # a leader's draw is the one that stays
                 params.setdefault(scope, {scope[0]: drawn[scope[0]]})
             params[path], consts[path] = {"R": drawn["R"]}, {"scaling": torch.tensor(self.scaling, dtype=torch.float64)}
-        return Adapter(params, consts)
+        return Adapter(params, consts, tuple(sorted(self.rank_axes.items())))
 
     def _draw(self, base: Base, gen: Any) -> Leaves:
         (out, in_), r, e = base.shape, self.r, self.num_B
@@ -101,7 +102,7 @@ class Lily(Method):
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         h = base.map(x, leaves["A"])
-        weights = torch.softmax(h @ leaves["R"].mT, -1).flatten(0, -2).mean(0)
+        weights = torch.softmax(h @ leaves["R"].mT, -1).reshape(-1, leaves["R"].shape[0]).mean(0)
         return base(x) + leaves["scaling"] * (h @ torch.einsum("e,ero->ro", weights, leaves["B"]))
 
     def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ class LoHa(Additive):
     alpha_pattern: Mapping[str, float] = FrozenDict()
 
     peft_type: ClassVar[str] = "LOHA"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv"})
     keys: ClassVar[dict[str, str]] = {
         "w1a": "hada_w1_a",
         "w1b": "hada_w1_b",

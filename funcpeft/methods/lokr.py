@@ -86,7 +86,7 @@ class LoKr(Additive):
     alpha_pattern: Mapping[str, float] = FrozenDict()
 
     peft_type: ClassVar[str] = "LOKR"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv"})
     keys: ClassVar[dict[str, str]] = {
         "w1": "lokr_w1",
         "w1a": "lokr_w1_a",
@@ -133,8 +133,9 @@ class LoKr(Additive):
 
     def _shapes(self, base: Base, r: int) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of a site's leaves in peft's layout and order of draws."""
-        (rows, k), (cols, q) = (factorization(n, self.decompose_factor) for n in base.site.shape[:2])
         kernel = tuple(base.site.shape[2:])
+        sides = base.site.shape[:2] if kernel else base.shape
+        (rows, k), (cols, q) = (factorization(n, self.decompose_factor) for n in sides)
         shapes: dict[str, tuple[int, ...]] = {}
         if self.decompose_both and r < max(rows, cols) / 2:
             shapes |= {"w1a": (rows, r), "w1b": (r, cols)}
@@ -154,7 +155,7 @@ class LoKr(Additive):
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         keep = self._kept(leaves["scaling"], base, context)
-        if base.kind.name == "linear":
+        if base.kind.name in ("linear", "transposed"):
             w1, w2 = _factors(leaves)
             pieces = x.to(w1.dtype).unflatten(-1, (w1.shape[1], w2.shape[1]))
             update = leaves["scaling"] * (w1 @ (pieces @ w2.mT)).flatten(-2)

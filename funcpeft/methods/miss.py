@@ -58,7 +58,7 @@ class MiSS(Method):
     bias: str = "none"
 
     peft_type: ClassVar[str] = "MISS"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
     keys: ClassVar[dict[str, str]] = {"D": "miss_block"}
     size: ClassVar[str] = "r * out"
     leaf_names: ClassVar[tuple[str, ...]] = ("D",)

@@ -108,4 +108,7 @@ class OSF(Factored):
         return {**grads, "U": grads["U"] - u @ (u.mT @ grads["U"]), "V": grads["V"] - (grads["V"] @ v.mT) @ v}
 
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
-        return {**super().to_peft_config(leaves), "effective_rank": self.effective_rank}
+        """Writes patterns as whole paths, whose meaning does not depend on their order."""
+        ranks = {p: min(len(v["U"]), v["V"].shape[1]) - len(v["S"]) for p, v in leaves.items() if "S" in v}
+        pattern = {f"^{re.escape(p)}$": k for p, k in ranks.items()} if self.rank_pattern else None
+        return {**super().to_peft_config(leaves), "rank_pattern": pattern}

@@ -35,11 +35,16 @@ def _tanh_gelu(x: Tensor) -> Tensor:
 
 #: The activations of transformers that have no parameters of their own, under their names there.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
     "gelu": F.gelu,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "gelu_accurate": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
     "gelu_new": _tanh_gelu,
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
     "hardswish": F.hardswish,
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2**0.5))),
     "leaky_relu": F.leaky_relu,
     "linear": lambda x: x,
     "mish": F.mish,
@@ -49,7 +54,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
-    "softplus": F.softplus,
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
     "swish": F.silu,
     "tanh": torch.tanh,
 }
@@ -81,7 +86,7 @@ class PEANuT(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("r")
-        self.require(isinstance(self.depth, int) and self.depth >= 0, "depth", "a non-negative integer", self.depth)
+        self.require(type(self.depth) is int and self.depth >= 0, "depth", "a non-negative integer", self.depth)
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(errors.one_of(self.label, "act_fn", self.act_fn, ACTIVATIONS))
 

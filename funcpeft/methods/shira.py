@@ -57,7 +57,7 @@ class SHiRA(Additive):
 
     peft_type: ClassVar[str] = "SHIRA"
     needs: ClassVar[tuple[str, ...]] = ("masks",)
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
     keys: ClassVar[dict[str, str]] = {"w": "shira_weight", "indices": "shira_indices"}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")

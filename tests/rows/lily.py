@@ -1,8 +1,9 @@
 """Parity rows of Lily; peft finds the group of a layer by string endings, see test_differences_lily_shadow_peanut.py."""
 
 import torch
-from rows.row import LINEARS, MODELS, Row
 from torch import nn
+
+from rows.row import LINEARS, MODELS, Row
 
 
 class Tower(nn.Module):

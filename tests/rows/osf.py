@@ -3,13 +3,13 @@
 from rows.row import LINEARS, Row
 
 
-def osf(model, **kwargs):
-    return Row("OSFConfig", model, {"target_modules": LINEARS, **kwargs}, single=True)
+def osf(model, dtype="float64", **kwargs):
+    return Row("OSFConfig", model, {"target_modules": LINEARS, **kwargs}, single=True, dtype=dtype)
 
 
 ROWS = [
     osf("mlp"),
     osf("mlp3d", effective_rank=3),
     osf("mlp", effective_rank=0.25),
-    osf("mlp", rank_pattern={"lin1": 2, "lin": 0.5}, init_weights=False),
+    osf("mlp", "float32", rank_pattern={"lin1": 2, "lin[02]": 0.5}, init_weights=False),
 ]
