@@ -14,22 +14,23 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(DOCS)]
 # for the kernels that execute notebooks
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import method_pages
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from method_pages import about, heading, link, list_table, math_blocks
 
 import funcpeft
-from funcpeft import methods, quant
+from funcpeft import quant
 from funcpeft.interop import libraries, options
 from funcpeft.interop.library import Library
-from funcpeft.method import Method
 from funcpeft.quant.format import Format
 from funcpeft.storage import Quantized
 
@@ -39,7 +40,7 @@ copyright = author
 version = release = funcpeft.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "myst_nb"]
-exclude_patterns = ["_build", "generated", "**/.ipynb_checkpoints"]
+exclude_patterns = ["_build", "generated/*.rst", "**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"funcpeft {release}"
 html_static_path = ["_static"]
@@ -78,100 +79,18 @@ nitpick_ignore_regex = [
 # -- the pages of the registries ------------------------------------------------------------------------------------------
 
 
-def math_blocks(doc: str) -> Iterator[str]:
-    """Yields the ``.. math::`` blocks of a docstring, each on one line."""
-    lines = iter(doc.splitlines())
-    for line in lines:
-        if line.lstrip().startswith(".. math::"):
-            parts = [line.partition("::")[2].strip()]
-            for following in lines:
-                if not following.startswith("    "):
-                    break
-                parts.append(following.strip())
-            yield " ".join(parts).strip()
-
-
-def about(cls: type) -> str:
-    """Returns what the first line of a file's docstring says after the name."""
-    return (sys.modules[cls.__module__].__doc__ or "").partition("\n")[0].partition(": ")[2].rstrip(".")
-
-
-def list_table(header: list[str], rows: list[list[str]], widths: str = "auto") -> list[str]:
-    """Returns an RST table; a cell may have several lines."""
-    lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", ""]
-    for row in [header, *rows]:
-        for i, cell in enumerate(row):
-            first, *rest = cell.splitlines() or [""]
-            lines.append(f"   {'* -' if i == 0 else '  -'} {first}".rstrip())
-            lines += [f"       {x}".rstrip() for x in rest]
-    return [*lines, ""]
-
-
-def link(cls: type) -> str:
-    return f":py:class:`~funcpeft.{cls.__name__}`"
-
-
-def kinds_of(cls: type[Method]) -> str:
-    if hasattr(cls, "wrap"):
-        return "the call"
-    return "any parameter" if cls.takes_any else ", ".join(sorted(cls.kinds))
-
-
-def is_own(cls: type[Method], name: str) -> bool:
-    return getattr(cls, name) is not getattr(Method, name)
-
-
-FACTS = {
-    "adds": lambda c: c.additive,
-    "no dense base": lambda c: c.weight_free,
-    "merges": lambda c: is_own(c, "merge"),
-    "unmerges": lambda c: is_own(c, "unmerge"),
-    "neutral at init": lambda c: c.identity_at_init,
-    "ranks may differ in a stack": lambda c: bool(c.rank_axes),
-    "sites independent": lambda c: not c.depends_on_sites,
-    "peft files": lambda c: bool(c.peft_type),
-}
-
-
-#: What every method overrides; documented once, in the contract.
-_CONTRACT = "apply, check_model, check_site, delta, examples, from_peft, merge, resolve, to_peft, to_peft_config, unmerge"
+def math_of(cls: type) -> list[str]:
+    return list(math_blocks(sys.modules[cls.__module__].__doc__ or ""))
 
 
 def sections(module: Any, classes: list[Any]) -> list[str]:
     lines: list[str] = []
     for cls in classes:
         name = cls.__name__
-        lines += [f".. _{module}-{name.lower()}:", "", name, "-" * len(name), ""]
+        lines += [f".. _{module}-{name.lower()}:", "", *heading(name)]
         lines += [f".. automodule:: {cls.__module__}", "   :no-index:", ""]
-        lines += [
-            f".. autoclass:: funcpeft.{name}",
-            "   :members:",
-            f"   :exclude-members: {_CONTRACT}",
-            "   :show-inheritance:",
-            "",
-        ]
+        lines += [f".. autoclass:: funcpeft.{name}", "   :members:", "   :show-inheritance:", ""]
     return lines
-
-
-def methods_page() -> str:
-    classes = sorted((getattr(methods, n) for n in methods.__all__), key=lambda c: c.__name__.lower())
-    formulas = [[link(c), about(c), "\n".join(f":math:`{m}`\n" for m in math_of(c)), kinds_of(c)] for c in classes]
-    facts = [[link(c), *("yes" if f(c) else "" for f in FACTS.values())] for c in classes]
-    waived = [[link(c), f"``{law}``", reason] for c in classes for law, reason in sorted(c.waived.items())]
-    heading = lambda text: [text, "-" * len(text), ""]  # noqa: E731
-    lines = [*heading("Formulas"), *list_table(["method", "what it is", "formula", "layer kinds"], formulas, "12 26 42 20")]
-    lines += [*heading("Facts"), *list_table(["method", *FACTS], facts)]
-    lines += [
-        *heading("Waived laws"),
-        "Every other law holds for every method; a waiver is in the method's file, with its reason.",
-        "",
-    ]
-    lines += list_table(["method", "law", "reason"], waived)
-    return "\n".join([*lines, *sections("method", classes)])
-
-
-def math_of(cls: type) -> list[str]:
-    return list(math_blocks(sys.modules[cls.__module__].__doc__ or ""))
 
 
 def formats_page() -> str:
@@ -364,7 +283,6 @@ def generate(app: Any) -> None:
     out = DOCS / "generated"
     out.mkdir(exist_ok=True)
     pages = {
-        "methods.rst": methods_page,
         "formats.rst": formats_page,
         "stores.rst": stores_table,
         "libraries.rst": libraries_table,
@@ -372,6 +290,7 @@ def generate(app: Any) -> None:
     }
     for name, make in pages.items():
         write(out / name, make())
+    method_pages.generate(out, write)
     draw_realised(out / "realised.svg")
     draw_fold(out / "fold.svg")
     (DOCS / "notebooks").mkdir(exist_ok=True)

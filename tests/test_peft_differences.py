@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from differences import differs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -87,6 +88,9 @@ class Attending(nn.Module):
         return self.attn(x, x, x, need_weights=False)[0]
 
 
+@differs(
+    "LoRA", "on `nn.MultiheadAttention` the update of `out_proj` is applied twice, in the forward and in the merge", "once"
+)
 def test_attention_adds_the_update_of_out_proj_once(tmp_path):
     def base():
         torch.manual_seed(4)
@@ -110,6 +114,11 @@ def test_attention_adds_the_update_of_out_proj_once(tmp_path):
         torch.testing.assert_close(merged, params["attn.out_proj.weight"] + 2 * update)  # twice
 
 
+@differs(
+    "LoRA",
+    "on `nn.MultiheadAttention` gradients see one of the two updates of `out_proj`",
+    "gradients are those of what is computed",
+)
 def test_attention_has_the_gradient_of_what_it_computes():
     torch.manual_seed(4)
     model, params = functionalize(Attending(4))
@@ -133,6 +142,11 @@ CONVS = {
 
 
 @pytest.mark.parametrize("name", CONVS)
+@differs(
+    "LoRA",
+    "dilation and padding mode of a convolution are not copied, and a kernel `(1, 1, k)` has no update: errors",
+    "both are the layer's; any kernel",
+)
 def test_a_low_rank_update_of_a_convolution_has_its_geometry(name):
     make, shape = CONVS[name]
     module, x = single(make), drawn(*shape)
@@ -153,6 +167,11 @@ def test_a_low_rank_update_of_a_convolution_has_its_geometry(name):
         assert far(found, merged)
 
 
+@differs(
+    "LoRA",
+    'init `"olora"` on transformers\' `Conv1D`: the transpose is missing, an error, or for square weights a changed start',
+    "works on the matrix (out, in)",
+)
 def test_olora_takes_a_transposed_layer():
     def make(out=6):
         return single(lambda: Conv1D(out, 6)).float()
@@ -186,6 +205,11 @@ def test_olora_of_an_embedding_is_refused():
     assert wrapped.peft_config["default"].init_lora_weights == "olora"  # accepted; it draws the usual init
 
 
+@differs(
+    "LoRA",
+    "keys of `rank_pattern` and `alpha_pattern` are written sorted but matched in order, so a reload may take another",
+    "written as whole paths, so that order has no meaning",
+)
 def test_which_pattern_wins_survives_a_file(tmp_path):
     class Layers(nn.Module):
         def __init__(self):
@@ -218,6 +242,11 @@ def test_which_pattern_wins_survives_a_file(tmp_path):
         peft.PeftModel.from_pretrained(base(), tmp_path / "theirs")
 
 
+@differs(
+    "LoRA",
+    "`target_parameters` with one expert that is stored transposed: the update is laid out the wrong way",
+    "follows the stored layout",
+)
 def test_one_fused_matrix_that_is_stored_transposed():
     class One(nn.Module):
         is_transposed = True
@@ -244,6 +273,11 @@ def test_one_fused_matrix_that_is_stored_transposed():
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
+@differs(
+    "OFT",
+    "on a convolution with a kernel larger than 1 the forward is not neutral at the start nor merged; oblong kernels fail",
+    "both are the merged weight, of any kernel and dilation",
+)
 def test_oft_rotates_what_a_kernel_covers(kernel):
     def make():
         return nn.Conv2d(4, 6, kernel, padding=1)
@@ -269,6 +303,9 @@ def test_oft_rotates_what_a_kernel_covers(kernel):
     assert apart == (kernel > 1)
 
 
+@differs(
+    "IA3", "unmerging divides by `l + 1e-8`: inexact, and the weight is lost where l is 0", "divides by l; a zero is refused"
+)
 def test_ia3_unmerges_by_dividing_by_the_factor_itself():
     def make():
         return nn.Linear(6, 5)
@@ -291,6 +328,7 @@ def test_ia3_unmerges_by_dividing_by_the_factor_itself():
     assert float(apart.max()) > 1e-5
 
 
+@differs("LoHa", "`use_effective_conv2d`: gradients of two factors come of the wrong branch", "those of the formula")
 def test_loha_with_cores_has_the_gradient_of_what_it_computes():
     def make():
         return nn.Conv2d(3, 4, 3)
@@ -323,6 +361,11 @@ def test_loha_with_cores_has_the_gradient_of_what_it_computes():
     assert sorted(wrong) == ["w1_a", "w2_a"]
 
 
+@differs(
+    "MiSS",
+    '`"mini"` in half precision on the CPU: merging overwrites the parameter, and unmerging then fails',
+    "no argument is written",
+)
 def test_miss_mini_merges_in_half_precision_without_touching_the_adapter():
     model, params = functionalize(single(lambda: nn.Linear(8, 6)).to(torch.float16))
     net = adapt(model, MiSS(r=4, mini_r=2, init_weights="mini", target_modules=["site"]))
@@ -335,6 +378,7 @@ def test_miss_mini_merges_in_half_precision_without_touching_the_adapter():
     assert float(report.sites["site"]["realised"]) > 0.99
 
 
+@differs("TrainableTokens", "a wrapped head loses its bias", "keeps it")
 def test_trained_rows_keep_the_bias_of_a_tied_head():
     class Tied(nn.Module):
         def __init__(self):
@@ -388,6 +432,11 @@ def test_an_entry_that_matches_nothing_is_an_error(fields):
         adapt(functionalize(Named())[0], LoRA(r=2, **fields))
 
 
+@differs(
+    "LoRA",
+    "on a tied embedding without `ensure_weight_tying` the forward changes the embedding, the merge both",
+    "the embedding in both; the report says that the two are untied",
+)
 def test_merging_an_embedding_leaves_the_tied_head_as_the_forward_does():
     class Tied(nn.Module):
         def __init__(self):
