@@ -25,18 +25,11 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(compile(text, f"{page.name} block {i}", "exec", dont_inherit=True), module.__dict__)
 
 
-def readme_table():
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    return {name: [cell.strip() == "yes" for cell in rest.split("|")[1:]] for name, rest in rows}
-
-
-def test_the_readme_table_is_the_registry():
-    facts = {}
-    for name in methods.__all__:
-        cls = getattr(methods, name)
-        merges, unmerges = (getattr(cls, f) is not getattr(fp.Method, f) for f in ("merge", "unmerge"))
-        facts[name] = [cls.additive, bool(cls.weight_free), merges, unmerges, cls.identity_at_init]
-    assert readme_table() == facts
+def test_the_readme_names_every_method():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| (.*`\w+`.*) \|$", text[text.index("## Methods") :], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(methods.__all__)
 
 
 def test_every_public_name_has_a_place():
