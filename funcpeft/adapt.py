@@ -287,28 +287,41 @@ class Net:
             context = replace(context, values={**context.values, **mapped})  # a dict of this call's own
         try:
             attached = self.attach(params, adapter, context)
-            return self.call_attached(name, attached, adapter, args, kwargs, context.values)
+            return self.call_attached(name, attached, adapter, args, kwargs, context.values, context)
         except (KeyError, RuntimeError) as e:
             if not torch.compiler.is_compiling():
                 self.explain(adapter, e)
             raise
 
-    def call_attached(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any, values: Any = None) -> Any:
+    def call_attached(
+        self,
+        name: str,
+        attached: Params,
+        adapter: Adapters,
+        args: Any,
+        kwargs: Any,
+        values: Any = None,
+        context: Context = EVAL,
+    ) -> Any:
         """Calls a method of the module with what ``attach`` returned; of ``adapter`` only leaves of the call are read.
 
-        ``values`` is the dict that the contexts of ``attached`` hold, which methods of the call may set in between.
+        ``values`` is the dict that the contexts of ``attached`` hold, which methods of the call may set in between;
+        ``context`` the one that methods of the call draw by.
         """
         if any(e.method.wraps for e in self.entries):
-            return self._wrapped(name, attached, adapter, args, kwargs, values)
+            return self._wrapped(name, attached, adapter, args, kwargs, values, context)
         return self.model(attached, *args, **kwargs) if name == "forward" else self.model.call(name, attached, *args, **kwargs)
 
-    def _wrapped(self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any, values: Any) -> Any:
-        if name not in ("forward", "generate"):
-            raise ValueError(errors.one_of("net.call", "method", name, ("forward", "generate")))
+    def _wrapped(
+        self, name: str, attached: Params, adapter: Adapters, args: Any, kwargs: Any, values: Any, context: Context
+    ) -> Any:
+        own = tuple(n for e in self.entries if e.method.wraps for n in e.method.calls)
+        if name not in ("forward", "generate", *own):
+            raise ValueError(errors.one_of("net.call", "method", name, ("forward", "generate", *own)))
         if args:
-            signature = inspect.signature(getattr(self.model.root, name))
+            signature = inspect.signature(getattr(self.model.root, "forward" if name in own else name))
             kwargs = {**signature.bind_partial(*args).arguments, **kwargs}
-        facts = ModelFacts(self.model, attached, values)
+        facts = ModelFacts(self.model, attached, values, context)
         call: Any = functools.partial(facts.call, name)
         for entry, one in zip(self.entries, as_tuple(adapter), strict=True):
             if entry.method.wraps:

@@ -142,6 +142,31 @@ def block_paths(root: nn.Module, which: bool | str | Sequence[str]) -> tuple[str
     return tuple(outer)
 
 
+def decoder_of(root: nn.Module) -> tuple[str, Any]:
+    """Returns the dotted name and the module of transformers' decoder: what holds the stack of blocks.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found: Any = root.get_decoder() if hasattr(root, "get_decoder") else None  # type: ignore[operator]
+    name = next((n for n, m in root.named_modules() if m is found), None)
+    if name is None or not _stack(found):
+        rule = "the model must have a decoder with a list of blocks, 'layers' or 'h'"
+        raise ValueError(errors.say(type(root).__name__, rule, type(found).__name__, "use a causal model of transformers"))
+    return name, found
+
+
+def decoder_blocks(root: nn.Module) -> tuple[str, ...]:
+    """Returns the dotted names of the blocks of transformers' decoder, in order."""
+    name, decoder = decoder_of(root)
+    stack, count = _stack(decoder), len(getattr(decoder, _stack(decoder)))
+    return tuple(f"{name}.{stack}.{i}" if name else f"{stack}.{i}" for i in range(count))
+
+
+def _stack(decoder: Any) -> str:
+    return next((n for n in ("layers", "h") if isinstance(getattr(decoder, n, None), nn.ModuleList)), "")
+
+
 def _named(path: str, patterns: Sequence[str]) -> bool:
     return any(re.match(rf"(.*\.)?({p})$", path) for p in patterns)
 

@@ -59,7 +59,7 @@ def call_folded(
         read = net.model.site(key).path in places.read
         attached[key] = Folded(tuple(m[key] for m in made), base, layout, places, observe, read)
     try:
-        return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs, values)
+        return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs, values, contexts[0])
     except KeyError as e:
         if not torch.compiler.is_compiling():
             net.explain(member(groups[0], 0), e)

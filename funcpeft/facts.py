@@ -1,7 +1,8 @@
 """Facts: what a method of the call (prompts, prefixes) may know of a transformers model, and how it is called then.
 
 Numbers of its config under the names peft resolves them by, its task, its input embedding as a function of ids, and its
-key-value cache made of tensors. Imports functional; transformers only inside the functions that make a cache or tokenizer.
+key-value cache made of tensors. Imports functional, mirrors; transformers only inside the functions that make a cache or a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 
 from funcpeft import errors
 from funcpeft.caches import register_caches
+from funcpeft.context import EVAL, Context
 from funcpeft.functional import Model
+from funcpeft.mirrors import Mirror, Sizes, blocked, drawn, mirror_of
+from funcpeft.weights import dense
 
 #: peft's task types, with the ends of the names of transformers' classes for them.
 TASKS: dict[str, tuple[str, ...]] = {
@@ -39,11 +43,18 @@ Around = Callable[..., Any]
 class ModelFacts:
     """Reads a model's config on demand; a fact that the config does not have raises an error that names it."""
 
-    def __init__(self, model: Model, params: Mapping[str, Any], values: dict[str, Tensor] | None = None) -> None:
-        self._model, self._params = model, params
+    def __init__(
+        self, model: Model, params: Mapping[str, Any], values: dict[str, Tensor] | None = None, context: Context = EVAL
+    ) -> None:
+        self._model, self._params, self.context = model, params, context
         self._values = {} if values is None else values  # those that the contexts of this call hold
         config = model.config
         self.config: Any = getattr(config, "text_config", config)
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Values of the call, as its contexts hold them."""
+        return self._values
 
     def _first(self, fact: str, *names: str) -> int:
         for name in names:
@@ -158,6 +169,45 @@ class ModelFacts:
         """Looks ids up in the model's input embedding, adapted if the net adapts it."""
         return self._model.embed(dict(self._params), ids)
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Computes the logits of the last hidden states, by the model's own head, adapted if the net adapts it.
+
+        Raises:
+            ValueError: If the model has none.
+        """
+        root: Any = self._model.root
+        if not hasattr(root, "get_output_embeddings") or root.get_output_embeddings() is None:
+            raise ValueError(errors.say(self.name, "the model must have a language model's head", None))
+        dtype = next(t.dtype for t in root.get_output_embeddings().parameters())
+        return self._model.run(lambda m: m.get_output_embeddings(), dict(self._params), (hidden.to(dtype),), {})[0]
+
+    def classifier(self) -> dict[str, Tensor]:
+        """Returns copies of weight and bias of the model's classification head, a linear layer.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        root: Any = self._model.root
+        name = next((n for n in ("score", "classifier") if isinstance(getattr(root, n, None), nn.Linear)), None)
+        if name is None:
+            rule, remedy = "the model must have a linear head 'score' or 'classifier'", "use another task_type"
+            raise ValueError(errors.say(self.name, rule, None, remedy))
+        found = {n: self._params.get(f"{name}.{n}") for n in ("weight", "bias")}
+        return {n: dense(t).clone() for n, t in found.items() if t is not None}
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self._first("the width", "hidden_size", "n_embd", "d_model")
+
+    def mirror(self, sizes: Sizes, share: bool) -> Mirror:
+        """Returns the static part of a smaller decoder of the model's class."""
+        return mirror_of(self._model, sizes, share)
+
+    def drawn_mirror(self, sizes: Sizes, share: bool, gen: torch.Generator) -> tuple[Mirror, dict[str, Tensor]]:
+        """Makes the tensors of a smaller decoder of the model's class, as transformers initialises it."""
+        return drawn(self._model, sizes, share, gen)
+
     def tokenizer(self, name: str, **options: Any) -> Any:
         """Loads a tokenizer of transformers; code of the repository is never run."""
         from transformers import AutoTokenizer
@@ -183,7 +233,8 @@ class ModelFacts:
             steps: Functions that rewrite, in order, what every step of ``generate`` is prepared from: its keyword
                 arguments of ``prepare_inputs_for_generation``. Nothing else of ``generate`` sees the rewriting.
             forwards: Functions that run around the model's forward, the last outermost, also around each one inside of
-                ``generate``: they get a forward, which takes ``values`` too, and its keyword arguments.
+                ``generate``: they get a forward and its keyword arguments. It takes ``values`` too, and ``blocks``, functions
+                by dotted name that run around the forwards of those modules.
             values: Values of the context during this call, beside those it has.
             kwargs: The model's own inputs. A cache goes to the backbone if only that takes one.
         """
@@ -215,8 +266,12 @@ class ModelFacts:
             made = functools.partial(f, made)
         return made
 
-    def _forward(self, **kwargs: Any) -> Any:
+    def _forward(self, *, blocks: Mapping[str, Around] | None = None, **kwargs: Any) -> Any:
         params, cache = dict(self._params), kwargs.get("past_key_values")
+        if blocks:
+            if self._model.remat and torch.is_grad_enabled():
+                kwargs.setdefault("use_cache", False)  # as in a plain call
+            return self._model.run(lambda m: functools.partial(blocked, m, m, _instead, blocks=blocks), params, (), kwargs)[0]
         if cache is None or _takes(self._model.root, "past_key_values"):
             return self._model(params, **kwargs)
         rest = {k: v for k, v in kwargs.items() if k != "past_key_values"}
@@ -301,7 +356,7 @@ def _instead(module: nn.Module, name: str, function: Callable[..., Any]) -> Iter
 
 def _generate(module: Any, *, steps: Sequence[Step], around: Callable[..., Any], **kwargs: Any) -> Any:
     prepare, forward = module.prepare_inputs_for_generation, module.forward
-    wrapped = around(forward)
+    wrapped = around(functools.partial(blocked, module, forward, _instead))
 
     @functools.wraps(forward)  # generate reads the signature here too
     def run(**given: Any) -> Any:

@@ -164,7 +164,7 @@ class Folded:
             if axis == 0 and type(expr) is Adapted and isinstance(expr.base, _PLAIN) and type(bias) is not Folded:
                 contexts = self._contexts()
                 groups = [(e.leaves, c.at(site.salt, occurrence)) for e, c in zip(self.groups, contexts, strict=True)]
-                base = Base(site, expr.base, bias, occurrence, None, expr.leaves)
+                base = Base(expr.site, expr.base, bias, occurrence, None, expr.leaves)
                 y = expr.method.apply_rows(groups, base, x, layout)
                 wanted = output_dtype(expr, site, x)
                 return y if y.dtype == wanted else y.to(wanted)

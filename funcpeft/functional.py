@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcpeft import errors, layers, rng
+from funcpeft import errors, layers
 from funcpeft.attention import choose_attention
 from funcpeft.blocks import Block, block_paths
 from funcpeft.caches import register_caches
 from funcpeft.fold import Folded, folded_like
 from funcpeft.skeleton import Skeleton, split, structure, tensors_of
-from funcpeft.weights import Adapted, Quantized, Site, dense, dense_pair
+from funcpeft.weights import Adapted, Quantized, Site, dense, dense_pair, salt_of
 
 Params = dict[str, Any]
 
@@ -73,6 +73,7 @@ class Model:
         self.config = getattr(self._template, "config", None)
         self._sites = {s.weight: s for s in _sites(self)}
         self.remat = block_paths(self._template, remat)
+        self.mirrors: dict[Any, Any] = {}  # smaller models of its kind that run beside it (``mirrors``), made once
         self._caches = "use_cache" in inspect.signature(self._template.forward).parameters
         self._met = frozenset(k for k, site in self._sites.items() if site.met)
         self._weight_of = {s.bias: s.weight for s in self._sites.values() if s.met and s.bias is not None}
@@ -373,7 +374,7 @@ def _sites(model: Model) -> Iterator[Site]:
         if met and getattr(module, "bias", None) is not None:
             bias = f"{owner}.bias" if owner else "bias"
         path = owner if name == "weight" and owner else key
-        salt = rng.fold_in(0, path) & 0x7FFFFFFF
+        salt = salt_of(path)
         kind, reader = layers.parameter_kind(module, name), readers.get(key, owner)
         yield Site(path, key, bias, kind, model.shapes[held], model.dtypes[held], index, met, salt, reader)
 

@@ -47,6 +47,11 @@ class Facts(Protocol):
     embed: Callable[[Tensor], Tensor]
     dtype: Any
     device: Any
+    values: Mapping[str, Tensor]
+
+    def held(self, cache: Any) -> int:
+        """Counts the tokens of the input that a key-value cache holds; zero if there is none."""
+        ...
 
     def cache(self, layers: list[tuple[Tensor, Tensor]]) -> Any:
         """Makes the model's own key-value cache from one ``(key, value)`` pair per layer."""
@@ -84,6 +89,8 @@ class Method:
     rank_axes: ClassVar[Mapping[str, int]] = {}
     #: Fields of peft's config that this method does not have, with the only value it can stand for.
     peft_fixed: ClassVar[Mapping[str, Any]] = {}
+    #: A field of peft's config that is set in this method's files alone, for variants that share a ``peft_type``.
+    peft_switch: ClassVar[str] = ""
     #: Fields of this class that a file of peft implies, with the values.
     peft_implied: ClassVar[Mapping[str, Any]] = {}
     #: Fields of this class that peft's config does not have.
@@ -110,8 +117,14 @@ class Method:
     optional_keys: ClassVar[tuple[str, ...]] = ()
     #: What ``init`` takes beyond the base, by name; all of it may be absent where a file is read (``inference_mode``).
     needs: ClassVar[tuple[str, ...]] = ()
+    #: Those of ``needs`` that a file does not hold either, so that they are given where one is read.
+    file_needs: ClassVar[tuple[str, ...]] = ()
     #: Values of the call that ``apply`` or ``wrap`` read (``Context.values``).
     context_names: ClassVar[tuple[str, ...]] = ()
+    #: Further calls that ``wrap`` knows, beside ``"forward"`` and ``"generate"``; of the forward's inputs.
+    calls: ClassVar[tuple[str, ...]] = ()
+    #: Whether peft keeps it in the model's modules although it has no sites here.
+    injected: ClassVar[bool] = False
     #: The value of ``bias`` that trains the targets' biases, for methods that have the field.
     bias_only: ClassVar[str] = ""
     #: Trainable numbers at a linear layer: a Python expression over ``out``, ``in_`` and the fields; ``""`` if there is none.
@@ -258,6 +271,13 @@ class Method:
         """Returns small instances, one per variant of the formula, on which the laws are checked."""
         return (cls(),)
 
+    def completed(self, needs: Mapping[str, Any]) -> Self:
+        """Returns the method of a file with the fields that the given ``file_needs`` decide.
+
+        Raises ``ValueError`` for what a file cannot be read without.
+        """
+        return self
+
     def sample_needs(self, sites: Mapping[str, Base], seed: int) -> dict[str, Any]:
         """Returns made-up ``needs`` of ``init``, for the laws."""
         return {}
@@ -282,9 +302,18 @@ class Method:
         return type(self).__name__.lower()
 
     @property
+    def neutral(self) -> bool:
+        """Whether a fresh adapter of this variant changes nothing; by default as the class says of all."""
+        return self.identity_at_init
+
+    @property
     def merges(self) -> bool:
         """Whether the method has a merged form."""
         return type(self).merge is not Method.merge
+
+    def merges_at(self, base: Base) -> bool:
+        """Whether there is a merged form at a site; ``merge`` refuses the others."""
+        return self.merges
 
     @property
     def unmerges(self) -> bool:

@@ -11,6 +11,7 @@ import copy
 import enum
 import itertools
 import operator
+import sys
 import types
 import weakref
 from collections import deque
@@ -118,6 +119,8 @@ class Skeleton:
         lend: Any = None,
     ) -> None:
         self.module = structure(template)
+        if traced:
+            record_outputs(self.module)
         modules = dict(self.module.named_modules(remove_duplicate=False))
         self.slots: list[tuple[dict[str, Any], str, str]] = []
         self.echoes: list[tuple[Any, Any, str]] = []
@@ -286,6 +289,15 @@ def split(key: str) -> tuple[str, str]:
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Returns parameters and buffers by every name they have."""
     return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def record_outputs(module: nn.Module) -> None:
+    """Installs the hooks by which a model of transformers records hidden states, which its forward cannot do in a trace."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    install = getattr(capturing, "maybe_install_capturing_hooks", None)
+    for m in module.modules():
+        if install is not None and getattr(m, "_can_record_outputs", None):
+            install(m)
 
 
 def structure(module: nn.Module, replaced: Mapping[int, nn.Module] | None = None) -> nn.Module:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from funcpeft import errors, layers
+from funcpeft.blocks import decoder_blocks
 from funcpeft.functional import Model
 from funcpeft.method import Method
 from funcpeft.weights import Base, Site
@@ -51,6 +52,8 @@ def default_targets(model: Model, family: str, where: str, field: str = "target_
     """
     if family == "TRAINABLE_TOKENS":
         return (_input_embedding(model, where),)
+    if family == "SHADOW":
+        return decoder_blocks(model.root)
     name = getattr(model.config, "model_type", "")
     for row in default_table().get(name, []):
         if family in row["methods"]:

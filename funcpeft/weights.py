@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from funcpeft import rng
 from funcpeft.context import EVAL, Context
 from funcpeft.layers import Kind
 from funcpeft.storage import Quantized, product
@@ -52,6 +53,11 @@ class Site:
     met: bool
     salt: int
     reader: str
+
+
+def salt_of(path: str) -> int:
+    """Returns the salt of the draws at a site: 31 bits of its path."""
+    return rng.fold_in(0, path) & 0x7FFFFFFF
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,7 +313,7 @@ def meet(expr: Any, site: Site, bias: Tensor | None, x: Tensor, occurrence: int 
     """
     if isinstance(expr, Adapted):
         context = expr.context.at(site.salt, occurrence)
-        y = expr.method.apply(expr.leaves, Base(site, expr.base, bias, occurrence, leaves=expr.leaves), x, context)
+        y = expr.method.apply(expr.leaves, Base(expr.site, expr.base, bias, occurrence, leaves=expr.leaves), x, context)
         return y.to(output_dtype(expr, site, x))
     if isinstance(expr, Quantized):
         return product(site.kind, x, expr, bias)

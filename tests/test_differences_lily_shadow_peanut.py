@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from differences import differs
 from rows.lily import Tower
 from safetensors.torch import load_file, save_file
@@ -173,3 +174,41 @@ def test_the_network_reads_the_weight_and_not_its_codes(tmp_path):
     assert far(wrapped(x), want)
     codes = p["B"] @ F.relu(p["A"] @ layer.weight.data.double())
     torch.testing.assert_close(wrapped(x), F.linear(x.double(), w + codes, layer.bias.double()).float(), rtol=1e-2, atol=1.0)
+
+
+# -- Shadow ------------------------------------------------------------------------------------------------------------------
+
+
+def decoder():
+    torch.manual_seed(4)
+    size = {"vocab_size": 31, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
+    return tf.GPT2LMHeadModel(tf.GPT2Config(**size, bos_token_id=1, eos_token_id=1, pad_token_id=0)).double().eval()
+
+
+@differs("Shadow", "`layers_to_transform` is ignored with the default targets: all blocks are adapted", "those blocks")
+def test_positions_choose_among_the_default_blocks():
+    wrapped = theirs(decoder(), peft.ShadowConfig(r=2, layers_to_transform=[0], task_type="CAUSAL_LM"))
+    assert sum(n.endswith("shadow_down.default.weight") for n, _ in wrapped.named_parameters()) == 3
+    model, params = fp.functionalize(decoder())
+    net = fp.adapt(model, fp.Shadow(r=2, layers_to_transform=[0]))
+    names = net.init(params, 0).params[""]
+    assert [n for n in names if n.endswith(":D")] == ["transformer.h.0:D"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@differs("Shadow", "a refused `merge_and_unload` leaves the adapter inactive in silence", "refuses and changes nothing")
+def test_a_refused_merge_changes_nothing(tmp_path):
+    wrapped = theirs(decoder(), peft.ShadowConfig(task_type="CAUSAL_LM")).double()
+    wrapped.save_pretrained(tmp_path)
+    model, params = fp.functionalize(decoder())
+    net, adapter = fp.load_peft(model, params, tmp_path)
+    ids = torch.tensor([[3, 5, 7, 2]])
+    with torch.no_grad():
+        want = wrapped(input_ids=ids).logits
+        with pytest.raises(NotImplementedError):
+            quietly(wrapped.merge_and_unload)
+        torch.testing.assert_close(wrapped(input_ids=ids).logits, model(params, input_ids=ids).logits)  # the base's
+        with pytest.raises(fp.NoMergedFormError):
+            net.merge(params, adapter)
+        torch.testing.assert_close(net(params, adapter, input_ids=ids).logits, want)
+    assert far(want, model(params, input_ids=ids).logits)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from funcpeft import methods
 from funcpeft.adapt import adapt, peft_init
+from funcpeft.context import Context
 from funcpeft.functional import functionalize
 from funcpeft.interop.peft import load_peft, method_of, read_config, registered, save_peft
 from funcpeft.tree import as_tuple
@@ -34,6 +35,7 @@ EXPECTED = (
     "Unsupported layer type",
     "Failed to load the CUDA",
     "Setting boft_n",
+    "has no bias term",
 )
 #: Warnings of peft about what a config asks for.
 QUIET = pytest.mark.filterwarnings(
@@ -61,8 +63,8 @@ def oracle(row, seed=5):
 def perturb(model):
     torch.manual_seed(9)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
+        for name, p in model.named_parameters():
+            if p.requires_grad and "ranknum" not in name:  # which no file holds, see test_methods_adalora.py
                 p.add_(0.2 * torch.randn_like(p))
 
 
@@ -73,6 +75,11 @@ def saved(row, folder):
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
     return model, x
+
+
+def called(model, row, x):
+    """Calls peft's model; values of the call get past the outer class only with a task type."""
+    return model.base_model(x, **row.values) if row.values else model(x)
 
 
 def tolerance(row, reference):
@@ -87,7 +94,7 @@ def test_peft_file_computes_the_same_here(row, tmp_path):
     model, params = functionalize(base_of(row)[0])
     net, adapter = load_peft(model, params, tmp_path)
     with torch.no_grad():
-        want, got = theirs(x), net(params, adapter, x)
+        want, got = called(theirs, row, x), net(params, adapter, x, context=Context(values=row.values))
         plain = model(params, x)
     assert (got - want).abs().max() <= tolerance(row, want)
     assert (want - plain).abs().max() > 100 * tolerance(row, want)
@@ -121,7 +128,8 @@ def test_file_written_here_computes_the_same_in_peft(row, tmp_path):
         )
         back = peft.PeftModel.from_pretrained(base_of(row)[0], tmp_path / "ours").eval()
     with torch.no_grad():
-        assert (back(x) - theirs(x)).abs().max() <= tolerance(row, theirs(x))
+        want = called(theirs, row, x)
+        assert (called(back, row, x) - want).abs().max() <= tolerance(row, want)
 
 
 @QUIET
@@ -175,7 +183,7 @@ def test_rows_cover_every_method_with_weights():
     covered = {type(method_of(config)) for config in configs}
     for name in methods.__all__:
         cls = getattr(methods, name)
-        if cls.peft_type and not hasattr(cls, "wrap"):
+        if cls.peft_type and not hasattr(cls, "wrap") and not cls.file_needs:  # files that are not whole have tests of their own
             assert cls in covered, name
 
 

@@ -46,6 +46,8 @@ _COMMON = {
     "revision",
     "inference_mode",
     "fan_in_fan_out",  # a fact of the layer, not of the adapter
+    "progressbar",  # facts of the run
+    "runtime_offload_base_weight",
 }
 
 
@@ -79,7 +81,7 @@ def file_prefixes(net: Net, entry: Entry) -> dict[str, str]:
 
 def _entry_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[str, str, str, Tensor]]:
     """Yields ``(file key, path, peft key after the prefix, tensor)`` of every tensor an entry keeps in a file."""
-    if entry.method.wraps:
+    if entry.method.wraps and adapter.leaves(""):
         for key, t in entry.method.to_peft(None, adapter.leaves("")).items():
             yield key, "", key, t
     prefixes = file_prefixes(net, entry)
@@ -114,7 +116,13 @@ def _meta(site: Any) -> Tensor:
 
 
 def load_peft(
-    model: Model, params: Params, path: str | os.PathLike[str], *, revision: str | None = None, subfolder: str = ""
+    model: Model,
+    params: Params,
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    **needs: Any,
 ) -> tuple[Net, Any]:
     """Reads an adapter that peft (or ``save_peft``) wrote.
 
@@ -124,6 +132,8 @@ def load_peft(
         path: A directory, or an id of the Hugging Face hub.
         revision: Revision on the hub.
         subfolder: Folder inside the directory or repository.
+        needs: What the method's files do not hold, by name, as ``net.init`` takes it (``Method.file_needs``): the experts that
+            a router is for.
 
     Returns:
         ``(net, adapter)``.
@@ -136,10 +146,10 @@ def load_peft(
     """
     folder = _folder(str(path), revision, subfolder)
     config = read_config(folder / CONFIG)
-    method = method_of(config, str(folder / CONFIG))
+    method = method_of(config, str(folder / CONFIG)).completed(needs)
     net = adapt(model, _without_absent_heads(model, method, config))
     tensors = read_tensors(folder / WEIGHTS)
-    return net, fill(net, params, tensors, str(folder / WEIGHTS))
+    return net, fill(net, params, tensors, str(folder / WEIGHTS), **needs)
 
 
 def _folder(path: str, revision: str | None, subfolder: str) -> Path:
@@ -239,6 +249,8 @@ def _refused(cls: type[Method], config: Mapping[str, Any]) -> list[str]:
         found = config.get(k, False if v is True else v)  # a switch that is absent is off
         if k not in _COMMON and found != v and (found or v):
             wrong.append(k)
+    if cls.peft_switch and not config.get(cls.peft_switch):
+        wrong.append(cls.peft_switch)
     unknown = [
         k
         for k, v in config.items()
@@ -273,13 +285,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str) -> Any:
+def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str, **needs: Any) -> Any:
     """Returns an adapter of a net whose saved leaves are a file's; what the file does not hold is made as at init."""
     left = {key if key.startswith("base_model.") or not _injected(net) else _ROOT + key: t for key, t in tensors.items()}
     left = _without_wrappers(left)
     made: list[Adapter] = []
     wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": []}
-    for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True)), strict=True):
+    for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True, **needs)), strict=True):
         filled = _fill_entry(net, entry, fresh, left, wrong)
         made.append(filled if any(wrong.values()) else _with_derived(net, entry, filled, params))
         for key, t in _tied_tensors(net, entry, made[-1]):
@@ -301,7 +313,7 @@ def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _injected(net: Net) -> bool:
-    return all(e.method.sited for e in net.entries)
+    return all(e.method.sited or e.method.injected for e in net.entries)
 
 
 def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], wrong: Mapping[str, list[str]]) -> Adapter:
@@ -465,13 +477,13 @@ def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, n
     config = method.to_peft_config({p: adapter.leaves(p) for p in dict.fromkeys((*entry.sites, ""))})
     if hasattr(method, "peft_resolved"):
         config |= method.peft_resolved(ModelFacts(net.model, {}))  # type: ignore[attr-defined]
-    if not method.sited:
+    if not (method.sited or method.injected):
         config = {
             k: v
             for k, v in config.items()
             if k not in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
         }
-    else:
+    elif method.sited and "target_modules" in config:
         config["target_modules"] = _targets(method, entry)
     task = task_type or config.get("task_type")
     cls = type(net.model.root)

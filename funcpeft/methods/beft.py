@@ -3,7 +3,7 @@ r"""BEFT: bias-efficient fine-tuning, a trained vector added to the output.
 .. math:: b' = b + v
 
 v (out,): trained, zero at the start. The paper trains it at the value projections of attention, which are the default
-targets. A layer without a bias is refused: there would be nothing to merge into.
+targets. At a layer without a bias there is nothing to merge into: it is adapted, and a merge refused.
 
 References:
     BEFT: Bias-Efficient Fine-Tuning of Language Models, 2025, arXiv 2509.15974.
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcpeft import rng
+from funcpeft import errors, rng
 from funcpeft.context import Context
 from funcpeft.method import Method
 from funcpeft.tree import Leaves
@@ -48,9 +48,6 @@ class BEFT(Method):
     def examples(cls) -> tuple[Method, ...]:
         return (cls(),)
 
-    def check_site(self, base: Base) -> None:
-        self.require_at(base.site.bias is not None, base, "a target must have a bias", None, "leave the site out")
-
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         v = rng.randn((base.shape[-2],), gen)
         return {"v": torch.zeros_like(v) if self.init_weights else v}, {}
@@ -58,13 +55,20 @@ class BEFT(Method):
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         return base.over_out(base(x), lambda y: y + leaves["v"])
 
+    def merges_at(self, base: Base) -> bool:
+        return base.site.bias is not None
+
     def merge(self, leaves: Leaves, base: Base) -> Base:
-        assert base.bias is not None
-        return base.replace(bias=base.bias + leaves["v"])
+        return base.replace(bias=self._bias(base) + leaves["v"])
 
     def unmerge(self, leaves: Leaves, base: Base) -> Base:
-        assert base.bias is not None
-        return base.replace(bias=base.bias - leaves["v"])
+        return base.replace(bias=self._bias(base) - leaves["v"])
+
+    def _bias(self, base: Base) -> Tensor:
+        if base.bias is None:
+            rule, remedy = "merging needs a layer with a bias", "keep it as an adapter"
+            raise errors.NoMergedFormError(errors.say(f"{self.label} at {base.path!r}", rule, None, remedy))
+        return base.bias
 
     def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
         return {"beft_bias": leaves["v"][None]}

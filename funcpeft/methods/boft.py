@@ -5,7 +5,8 @@ r"""BOFT: orthogonal butterfly fine-tuning.
 
 Q_{f, j} = (I - S)(I + S)^{-1} (H, H), with S = (R - R^T) / 2: rotations of blocks of the leaf R (F, N, H, H), which is trained;
 s (out,): trained; H: block size; N: number of blocks; F: butterfly factors. P_f orders features so that the blocks of factor f
-join features that are H 2^f / 2 apart. Inputs are turned factor by factor, so a linear layer's weight is never made dense.
+join features that are H 2^f / 2 apart. Inputs are turned factor by factor before they meet the base, so the weight is not
+made dense, unless a kernel covers several positions.
 
 References:
     Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, 2023, arXiv 2311.06243, eq. (2) to (4).
@@ -29,16 +30,16 @@ from funcpeft.tree import Leaves
 from funcpeft.weights import Base, wide
 
 
-def butterfly(dim: int, size: int, factor: int) -> Tensor:
-    """Returns the order of ``dim`` features in which a factor's blocks of ``size`` are consecutive, as an index.
+def butterfly(h: Tensor, size: int, factor: int, *, back: bool = False) -> Tensor:
+    """Reorders the last axis so that what a factor's blocks of ``size`` join is consecutive, or back.
 
-    Chunks of ``size * 2^factor`` features are cut into half-blocks, of which the even ones come first, then the odd ones.
+    Chunks of ``size * 2^factor`` features are cut into half-blocks; the j-th one of a chunk's first half comes to stand beside
+    the j-th one of its second half.
     """
-    index = torch.arange(dim)
     if factor == 0:
-        return index
-    halves = index.unflatten(0, (-1, 2 ** (factor + 1), size // 2))  # chunks, half-blocks, features
-    return torch.cat([halves[:, 0::2], halves[:, 1::2]], 1).flatten()
+        return h
+    pair = (2**factor, 2) if back else (2, 2**factor)
+    return h.unflatten(-1, (-1, *pair, size // 2)).transpose(-3, -2).flatten(-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,10 @@ class BOFT(Method):
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
-        return cls(boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.5), cls(boft_block_size=0, boft_block_num=1)
+        return (
+            cls(boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.5),
+            cls(boft_block_size=0, boft_block_num=4, boft_n_butterfly_factor=3),
+        )
 
     def blocks(self, base: Base) -> tuple[int, int]:
         """Returns the number and the size of the blocks at a site."""
@@ -114,10 +118,9 @@ class BOFT(Method):
 
     def turned(self, h: Tensor, q: Tensor, *, back: bool = False) -> Tensor:
         """Returns rows ``h (..., in)`` times M, or times M^T."""
-        dim, size = h.shape[-1], q.shape[-1]
+        size = q.shape[-1]
         for f in range(len(q)) if back else reversed(range(len(q))):
-            order = butterfly(dim, size, f).to(h.device)
-            h = rotate(h[..., order], q[f].mT if back else q[f])[..., torch.argsort(order)]
+            h = butterfly(rotate(butterfly(h, size, f), q[f].mT if back else q[f]), size, f, back=True)
         return h
 
     def rotations(self, leaves: Leaves, context: Context | None = None) -> Tensor:
@@ -135,10 +138,11 @@ class BOFT(Method):
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         q, s = self.rotations(leaves, context), leaves["s"]
-        if base.kind.name == "conv":
+        if base.channels != base.shape[-1]:  # a kernel's patches overlap, so they cannot be turned in the input
             return self._changed(base, q, s).meet(x)
-        y = base(self.turned(x.to(torch.promote_types(x.dtype, q.dtype)), q)).to(s.dtype)
-        return s * y if base.bias is None else s * y + (1 - s) * base.bias
+        x = x.to(torch.promote_types(x.dtype, q.dtype))
+        y, b = base(base.over_in(x, lambda h: self.turned(h, q))).to(s.dtype), base.bias
+        return base.over_out(y, lambda h: s * h if b is None else s * h + (1 - s) * b)
 
     def _changed(self, base: Base, q: Tensor, s: Tensor) -> Base:
         return base.replace(weight=s[:, None] * self.turned(base.weight, q, back=True))

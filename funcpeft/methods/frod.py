@@ -110,7 +110,7 @@ class FRoD(Method):
     weight_free: ClassVar[bool] = True
     depends_on_sites: ClassVar[bool] = True
     bias_only: ClassVar[str] = "frod_only"
-    size: ClassVar[str] = "in_ + max(1, min(floor(in_ * in_ * sparse_rate), in_ * in_ - in_))"
+    size: ClassVar[str] = "in_ + min(in_ * in_ - in_, max(ceil(sparse_rate), floor(in_ * in_ * sparse_rate)))"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,13 +2,19 @@ r"""HRA: Householder reflection adaptation.
 
 .. math:: W' = W H_1 H_2 \cdots H_r, \qquad H_k = I - 2 u_k u_k^\top, \quad u_k = U_k / \lVert U_k \rVert
 
-U (in, r): one vector per reflection, trained; pairs of equal vectors make the start neutral, so r should be even. With
-``apply_GS`` the vectors are made orthogonal first, Q = orth(U), and W' = W (I - 2 Q Q^T). Reflections act on the input one
-after the other, so the weight is never made dense; a kernel's patches are reflected and then met with the weight.
+U (in, r): one vector per reflection, trained; pairs of equal vectors make the start neutral, so r should be even. The chain
+is one product with matrices of r columns,
+
+.. math:: H_1 \cdots H_r = I - \hat U T^{-1} \hat U^\top, \qquad
+   T = \tfrac12 I + \mathrm{striu}(\hat U^\top \hat U)
+
+where the columns of U^ are u_k. With ``apply_GS`` the vectors are made orthogonal first, Q = orth(U), and W' = W (I - 2 Q Q^T).
+Inputs are reflected before they meet the base, so the weight is not made dense, unless a kernel covers several positions.
 
 References:
     Yuan et al., Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, 2024,
     arXiv 2405.17484, eq. (5) and (6).
+    Schreiber and Van Loan, A Storage-Efficient WY Representation for Products of Householder Transformations, 1989 (T).
 """
 
 from __future__ import annotations
@@ -58,7 +64,11 @@ class HRA(Method):
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
-        return (cls(r=4),)
+        return cls(r=4), cls(r=2, apply_GS=True)
+
+    @property
+    def neutral(self) -> bool:
+        return not self.apply_GS
 
     @property
     def paired(self) -> bool:
@@ -82,33 +92,22 @@ class HRA(Method):
     def reflected(self, h: Tensor, u: Tensor, *, back: bool = False) -> Tensor:
         """Returns rows ``h (..., in)`` times H_r ... H_1, which is what inputs meet, or times H_1 ... H_r."""
         if self.apply_GS:
-            q = _orthogonal(u)
+            q = torch.linalg.qr(u).Q  # spans what Gram and Schmidt's vectors do, and signs cancel
             return h - 2 * (h @ q) @ q.mT
-        unit = u / u.norm(dim=0)
-        order = range(u.shape[1]) if back else reversed(range(u.shape[1]))
-        for k in order:
-            h = h - 2 * (h @ unit[:, k])[..., None] * unit[:, k]
-        return h
+        u = u / u.norm(dim=-2, keepdim=True)
+        t = torch.triu(u.mT @ u, 1) + 0.5 * torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+        t = t if back else t.mT
+        return h - (h @ u) @ torch.linalg.solve_triangular(t, u.mT, upper=back)
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        if base.kind.name == "conv":
+        if base.channels != base.shape[-1]:  # a kernel's patches overlap, so they cannot be reflected in the input
             return super().apply(leaves, base, x, context)
         u = wide(leaves["U"])
-        return base(self.reflected(x.to(torch.promote_types(x.dtype, u.dtype)), u))
+        x = x.to(torch.promote_types(x.dtype, u.dtype))
+        return base(base.over_in(x, lambda h: self.reflected(h, u)))
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return base.replace(weight=self.reflected(base.weight, leaves["U"], back=True))
 
     def unmerge(self, leaves: Leaves, base: Base) -> Base:
         return base.replace(weight=self.reflected(base.weight, leaves["U"]))
-
-
-def _orthogonal(u: Tensor) -> Tensor:
-    """Returns the orthonormal vectors that Gram and Schmidt make of the columns of ``u``, one after the other."""
-    columns: list[Tensor] = []
-    for k in range(u.shape[1]):
-        v = u[:, k]
-        for q in columns:
-            v = v - (q @ v) * q
-        columns.append(v / v.norm())
-    return torch.stack(columns, 1)

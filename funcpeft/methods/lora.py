@@ -3,14 +3,16 @@ r"""LoRA: low-rank adaptation.
 .. math:: W' = W + s B A, \quad s = \alpha / r \text{ or } \alpha / \sqrt r
 
 A (r, in), B (out, r); s: scaling, with the square root under ``use_rslora``. At leading axes (experts) A is (E, r, in)
-and B (E, out, r). PiSSA and OLoRA start from factors of W itself: the update is then measured from those first factors,
-kept in ``consts``, so the base stays as it is: W' = W + s (B A - B0 A0). LoftQ starts on a quantized base Q from the factors
-of what quantization lost, W - Q, so that Q + s B A is near the original W; peft 0.21 leaves out s, right for s = 1 only.
+and B (E, out, r). Where A and B start from factors of W or of data whose product is not zero (PiSSA, OLoRA, CorDA, LoRA-GA),
+the update is measured from those first factors, kept in ``consts``, so the base stays as it is: W' = W + s (B A - B0 A0).
+LoftQ starts on a quantized base Q from the factors of what quantization lost, W - Q, so that Q + s B A is near the original
+W; peft 0.21 leaves out s, right for s = 1 only. ``funcpeft.lorainits`` has the formulas.
+
+A file of peft holds A and B. First factors that do not follow from W alone are written into them, as plain LoRA of twice the
+rank: [B, -B0] [A; A0]. A site to which EVA gives no rank is written as a pair of zeros, which stays zero in training.
 
 References:
     Hu et al., LoRA, 2021, arXiv 2106.09685, eq. (3). Kalajdzievski, rsLoRA, 2023, arXiv 2312.03732.
-    Meng et al., PiSSA, 2024, arXiv 2404.02948, eq. (2). Bueyuekakyuez, OLoRA, 2024, arXiv 2406.01775.
-    Li et al., LoftQ, 2023, arXiv 2310.08659, eq. (7) (one step; ``funcpeft.loftq`` alternates).
 """
 
 from __future__ import annotations
@@ -25,34 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcpeft import errors, lowrank, rng
+from funcpeft import errors, lorainits, lowrank, rng
 from funcpeft.context import Context
 from funcpeft.method import Additive, Factor, FrozenDict, Method, by_pattern
 from funcpeft.tree import Adapter, Leaves
 from funcpeft.weights import Base
-
-_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
-
-
-def pissa(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Returns the factors A, B of the r largest singular triplets of ``weight``, with ``scaling * B @ A`` their sum."""
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    root = (s[:r] / scaling).sqrt()
-    return root[:, None] * vh[:r], u[:, :r] * root
-
-
-def olora(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Returns the first r rows of R and columns of Q of the QR decomposition of ``weight``."""
-    q, upper = torch.linalg.qr(weight)
-    return upper[:r].clone(), q[:, :r].clone()
-
-
-def orthogonal(out: int, in_: int, r: int, gen: Any) -> tuple[Tensor, Tensor]:
-    """Draws A and B from the even and odd rows of a random orthogonal matrix, so that B A = 0 up to rounding."""
-    q = torch.linalg.qr(rng.randn((r, r), gen)).Q
-    a = (rng.randn((in_, r // 2), gen) @ q[0::2]).T / 10.0
-    b = (rng.randn((r // 2, out), gen).T @ q[1::2]) / 10.0
-    return a.contiguous(), b.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +45,19 @@ class LoRA(Additive):
         use_rslora: Whether scaling is ``lora_alpha / sqrt(r)``.
         rank_pattern: Ranks by pattern of the module path; the first that matches wins.
         alpha_pattern: Values of ``lora_alpha`` by pattern.
-        init_lora_weights: ``True`` (A uniform, B zero), ``False`` (both uniform), ``"gaussian"``, ``"orthogonal"``,
-            ``"pissa"``, ``"olora"`` or ``"loftq"``, which needs the dense params:
-            ``net.init(quantized, seed, weights=dense)``. None of them changes the base.
+        init_lora_weights: How A and B start. From draws: ``True`` (A uniform, B zero), ``False`` (both uniform),
+            ``"gaussian"``, ``"orthogonal"``. From the weight: ``"pissa"``, ``"pissa_niter_N"`` (by N iterations of a
+            randomised decomposition), ``"olora"``, ``"mica"`` (B frozen), and ``"loftq"``, which needs the dense params:
+            ``net.init(quantized, seed, weights=dense)``. From data: ``"eva"`` and ``"corda"`` need ``statistics=`` of
+            ``funcpeft.calibrate``, ``"lora_ga"`` needs ``gradients=`` of ``funcpeft.weight_gradients``. None changes the base.
+        eva_config: Options of ``"eva"``, which shares the sum of all ranks out among the sites: ``rho`` (largest rank of a
+            site, in units of its own), ``tau`` (cosine from which a direction counts as settled), ``use_label_mask`` and
+            ``label_mask_value`` (tokens left out), ``whiten`` (whether A is divided by the root of the singular values),
+            ``adjust_scaling_factors`` (whether alpha grows with the rank). Layers that are not linear start as with ``True``.
+        corda_config: Options of ``"corda"``: ``corda_method`` (``"ipm"`` trains the parts of W that matter most for the
+            inputs, ``"kpm"`` the least), ``use_float16_for_covariance`` (covariances in the inputs' dtype). The files and
+            switches of peft's have no meaning here: a tree of statistics is saved as any other.
+        lora_ga_config: Options of ``"lora_ga"``: ``direction``, ``scale`` and ``stable_gamma``.
         lora_bias: Whether the update has a bias of its own, scaled as the update is.
         bias: Which biases are trained beside: ``"none"``, ``"all"`` of the model, ``"lora_only"`` those of the targets.
         target_parameters: Names or suffixes of matrix parameters to adapt that no layer meets, such as fused experts.
@@ -91,6 +80,9 @@ class LoRA(Additive):
     trainable_token_indices: tuple[int, ...] | list[int] | Mapping[str, Any] | None = None
     ensure_weight_tying: bool = False
     layer_replication: tuple[Any, ...] | list[Any] | None = None
+    eva_config: Mapping[str, Any] | None = None
+    corda_config: Mapping[str, Any] | None = None
+    lora_ga_config: Mapping[str, Any] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding", "raw"})
@@ -112,7 +104,7 @@ class LoRA(Additive):
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "A0", "B0", "bias", "scaling", "rank")
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
     weight_free: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("weights",)
+    needs: ClassVar[tuple[str, ...]] = ("weights", "statistics", "gradients")
     bias_only: ClassVar[str] = "lora_only"
 
     def __post_init__(self) -> None:
@@ -121,10 +113,29 @@ class LoRA(Additive):
         self.require(all(v > 0 for v in self.rank_pattern.values()), "rank_pattern", "positive ranks", dict(self.rank_pattern))
         self.require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
-        if self.init_lora_weights not in _INITS:
-            raise ValueError(errors.one_of(self.label, "init_lora_weights", self.init_lora_weights, _INITS))
+        self._settle_init()
         fits = not self.lora_bias or isinstance(self.init_lora_weights, bool)
         self.require(fits, "lora_bias", "False with this init_lora_weights", self.init_lora_weights, "use True or False")
+
+    def _settle_init(self) -> None:
+        """Checks the init and its options, and fills those that are left out."""
+        init = self.init_lora_weights.lower() if isinstance(self.init_lora_weights, str) else self.init_lora_weights
+        if lorainits.key_of(init) is None:
+            raise ValueError(errors.one_of(self.label, "init_lora_weights", self.init_lora_weights, lorainits.TABLE))
+        object.__setattr__(self, "init_lora_weights", init)
+        for name in lorainits.OPTIONS:
+            given = getattr(self, f"{name}_config")
+            if given is not None or init == name:
+                object.__setattr__(self, f"{name}_config", lorainits.options(self.label, name, given))
+        files = [v for k, v in (self.corda_config or {}).items() if k.endswith("_file") and v is not None]
+        remedy = "save the tree that calibrate returns, and pass it to net.init"
+        self.require(init != "corda" or not files, "corda_config", "without files", files, remedy)
+
+    @property
+    def statistic(self) -> str:
+        """What ``funcpeft.calibrate`` collects for the init at every site, ``""`` if it needs nothing."""
+        row = lorainits.row_of(self.init_lora_weights)
+        return row.entry if row.need == "statistics" else ""
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
@@ -157,18 +168,7 @@ class LoRA(Additive):
             base.kind.groups,
             "leave the site out",
         )
-        if self.init_lora_weights == "orthogonal":
-            self.require_at(r % 2 == 0, base, "init 'orthogonal' needs an even rank", r)
-        if self.init_lora_weights in ("pissa", "olora", "loftq", "orthogonal"):
-            self.require_at(
-                kind in ("linear", "transposed"),
-                base,
-                f"init {self.init_lora_weights!r} takes linear layers",
-                kind,
-                "use init_lora_weights=True",
-            )
-        if self.init_lora_weights in ("pissa", "olora", "loftq"):
-            self.require_at(r <= min(out, in_), base, f"rank must be at most min(out, in) = {min(out, in_)}", r)
+        self._check_init(base, r, min(out, in_))
         if self.lora_bias:
             self.require_at(kind in ("linear", "transposed", "conv"), base, "lora_bias takes layers with a bias", kind)
             self.require_at(
@@ -179,37 +179,56 @@ class LoRA(Additive):
                 not self.lora_dropout, base, "lora_dropout must be 0 where no float input meets the weight", self.lora_dropout
             )
 
-    def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
-        made = super().init(sites, seed=seed, **needs)
-        if self.init_lora_weights != "loftq" or all(base.device.type == "meta" for base in sites.values()):
-            return made
-        params = {path: {**made.params[path], **self._residual(base, needs.get("weights"))} for path, base in sites.items()}
-        return made.replace(params={**made.params, **params})
+    def _check_init(self, base: Base, r: int, least: int) -> None:
+        init, row = self.init_lora_weights, lorainits.row_of(self.init_lora_weights)
+        if init == "orthogonal":
+            self.require_at(r % 2 == 0, base, "init 'orthogonal' needs an even rank", r)
+        if row.kinds is not None:
+            takes = f"init {init!r} takes linear layers" + (" and embeddings" if "embedding" in row.kinds else "")
+            self.require_at(base.kind.name in row.kinds, base, takes, base.kind.name, "use init_lora_weights=True")
+        if row.entry == "covariance":
+            rule = "init 'corda' takes layers that meet their inputs themselves"
+            self.require_at(base.met, base, rule, None, "leave the site out")
+        if row.share:
+            limit = "min(out, in)" if row.share == 1 else f"min(out, in) / {row.share}"
+            self.require_at(r * row.share <= least, base, f"rank must be at most {limit} = {least // row.share}", r)
 
-    def _residual(self, base: Base, weights: Mapping[str, Any] | None) -> Leaves:
-        """Returns the factors of what the stored weight lacks of the dense one."""
-        dense = None if weights is None else weights.get(base.site.weight)
-        if not isinstance(dense, Tensor):
-            rule = "init 'loftq' needs the dense weight that was quantized"
-            raise ValueError(
-                errors.say(f"{self.label} at {base.path!r}", rule, None, "call net.init(quantized, seed, weights=dense params)")
-            )
-        lost = base.kind.matrix(dense).to(base.weight.dtype) - base.weight
-        a, b = pissa(lost, self.rank(base.path), self.scaling(base.path))
-        return {"A": a.contiguous(), "B": b.contiguous()}
+    def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
+        name, row = self.init_lora_weights, lorainits.row_of(self.init_lora_weights)
+        reads, values = bool(needs.get("inference_mode")), any(base.device.type != "meta" for base in sites.values())
+        if values and reads and not row.rebuilt:
+            rule = f"init {name!r} measures the update from first factors, which its file does not hold"
+            remedy = "let peft write it with path_initial_model_for_weight_conversion"
+            raise errors.CheckpointError(errors.say(self.label, rule, None, remedy))
+        if row.need and values and not (reads and needs.get(row.need) is None):
+            ranks = {path: self.rank(path) for path in sites}
+            sites = lorainits.informed(self.label, name, sites, ranks, needs, self.eva_config)
+        return super().init(sites, seed=seed, **needs)
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
-        r, s = self.rank(base.path), self.scaling(base.path)
+        row = lorainits.row_of(self.init_lora_weights)
+        given: Mapping[str, Any] = getattr(base, "given", {})
+        r = given.get("rank", self.rank(base.path))
+        s = self.scaling(base.path) if r == self.rank(base.path) else self._scaling_at(base.path, r)
         consts: Leaves = {"scaling": torch.tensor(s, dtype=torch.float64), "rank": torch.tensor(r)}
         params = self._draw(base, r, s, gen)
-        if self.init_lora_weights in ("pissa", "olora"):
+        if row.measured:
             consts |= {"A0": params["A"].clone(), "B0": params["B"].clone()}
+        if not row.trains_b:
+            consts["B"] = params.pop("B")
         return params, consts
+
+    def _scaling_at(self, path: str, r: int) -> float:
+        """Returns the scaling at a site with a rank that EVA gave it; alpha may grow with the rank."""
+        assert self.eva_config is not None
+        part = max(r, 1) / self.rank(path)
+        grown = part if self.eva_config["adjust_scaling_factors"] else 1.0
+        return self.scaling(path) * grown / (math.sqrt(part) if self.use_rslora else part)
 
     def _draw(self, base: Base, r: int, s: float, gen: Any) -> Leaves:
         *lead, out, in_ = base.shape
         if base.takes_ids:
-            return self._draw_embedding(r, out, in_, gen)
+            return self._draw_embedding(base, r, s, gen)
         many = math.prod(lead)
         kernel = tuple(base.site.shape[2:]) if base.kind.name == "conv" else ()
         shape_a, shape_b = (many * r, in_ // math.prod(kernel), *kernel), (out, many * r)
@@ -217,30 +236,31 @@ class LoRA(Additive):
         leaves: Leaves = {}
         if self.lora_bias:
             leaves["bias"] = rng.uniform((out,), gen, 1 / math.sqrt(many * r))
-        match self.init_lora_weights:
-            case True:
-                a, b = rng.kaiming(shape_a, gen), torch.zeros(shape_b)
+            if self.init_lora_weights is True:
                 leaves = {k: torch.zeros_like(v) for k, v in leaves.items()}
-            case "gaussian":
-                a, b = rng.normal(shape_a, gen, 1 / r), torch.zeros(shape_b)
-            case "orthogonal":
-                a, b = orthogonal(out, in_, r, gen)
-            case "pissa":
-                a, b = pissa(base.weight, r, s)
-            case "olora":
-                a, b = olora(base.weight, r)
-            case _:  # False as drawn; of "loftq" init puts the factors in place
-                pass
-        a, b = a.flatten(1), b
+        a, b = self._start(base, r, s, gen, a, b)
+        a = a.flatten(1)
         if lead:  # peft keeps A expert-major and B rank-major in two flat matrices
             a, b = a.reshape(*lead, r, in_), b.reshape(out, r, many).permute(2, 0, 1).reshape(*lead, out, r)
         return {"A": a.contiguous(), "B": b.contiguous(), **leaves}
 
-    def _draw_embedding(self, r: int, dim: int, vocab: int, gen: Any) -> Leaves:
+    def _draw_embedding(self, base: Base, r: int, s: float, gen: Any) -> Leaves:
+        dim, vocab = base.shape
         a, b = rng.randn((r, vocab), gen), rng.randn((dim, r), gen)
-        if self.init_lora_weights is not False:
+        if not lorainits.row_of(self.init_lora_weights).trains_b:
+            a, b = self._start(base, r, s, gen, a, b)
+        elif self.init_lora_weights is not False:
             a, b = torch.zeros_like(a), rng.normal((dim, r), gen)
         return {"A": a, "B": b}
+
+    def _start(self, base: Base, r: int, s: float, gen: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the first factors, given those that a layer of torch draws; without the data of an init, just these."""
+        name, given = self.init_lora_weights, getattr(base, "given", {})
+        config = getattr(self, f"{name}_config", None) or lorainits.options_in(name)
+        return lorainits.row_of(name).factors(lorainits.Start(base, r, s, gen, a, b, given, config))
+
+    def sample_needs(self, sites: Mapping[str, Base], seed: int) -> dict[str, Any]:
+        return lorainits.samples(self.init_lora_weights, sites, seed)
 
     def delta(self, leaves: Leaves, base: Base) -> Tensor:
         update = leaves["B"] @ leaves["A"]
@@ -321,7 +341,7 @@ class LoRA(Additive):
 
     def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
         assert base is not None
-        a, b = leaves["A"], leaves["B"]
+        a, b = lorainits.in_file(self.init_lora_weights, leaves)
         if a.ndim == 3:  # experts: A expert-major, B rank-major, each in one flat matrix
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         elif base.kind.name == "conv":
@@ -340,14 +360,15 @@ class LoRA(Additive):
 
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
         """Derives ranks and alphas from the leaves; patterns are whole paths, whose meaning does not depend on order."""
-        ranks = {p: int(t["A"].shape[-2]) for p, t in leaves.items() if "A" in t}
+        ranks = {p: lorainits.in_file(self.init_lora_weights, t)[0].shape[-2] for p, t in leaves.items() if "A" in t}
         alphas = {p: float(leaves[p]["scaling"]) * (math.sqrt(r) if self.use_rslora else r) for p, r in ranks.items()}
         config = super().to_peft_config(leaves)
         r = _commonest(ranks.values())
         alpha = _commonest(_rounded(a) for a in alphas.values())
+        if not lorainits.row_of(self.init_lora_weights).kept:  # the leaves hold all
+            config |= {"init_lora_weights": True, **dict.fromkeys((f"{n}_config" for n in lorainits.OPTIONS), None)}
         return {
             **config,
-            "init_lora_weights": True if self.init_lora_weights == "loftq" else self.init_lora_weights,  # the leaves hold all
             "r": r,
             "lora_alpha": alpha,
             "rank_pattern": {p: n for p, n in ranks.items() if n != r},

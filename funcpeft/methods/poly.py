@@ -13,9 +13,9 @@ input has several entries per row on its first axis (rows repeated for beams, to
 each. Tasks differ by row, so no one weight stands for them, and there is no merged form.
 
 References:
-    Ponti et al., Combining Modular Skills in Multitask Learning, 2022, arXiv 2202.13914, eq. (5) and section 2.3.
+    Ponti et al., Combining Modular Skills in Multitask Learning, 2022, arXiv 2202.13914, section 2.
     Caccia et al., Multi-Head Adapter Routing for Cross-Task Generalization, 2022, arXiv 2211.03831, section 3.
-    Maddison et al., The Concrete Distribution, 2016, arXiv 1611.00712, section 4.1 (the relaxed gate).
+    Maddison et al., The Concrete Distribution, 2016, arXiv 1611.00712, appendix B (the relaxed gate).
 """
 
 from __future__ import annotations
@@ -86,15 +86,10 @@ class Poly(Method):
         self.require_positive("r", "n_tasks", "n_skills", "n_splits")
         self.require(self.poly_type == "poly", "poly_type", "'poly'", self.poly_type)
 
-    @property
-    def identity_at_init(self) -> bool:  # type: ignore[override]  # a fact of the field here
-        """Whether a fresh adapter changes nothing."""
-        return self.init_weights
-
     @classmethod
     def examples(cls) -> tuple[Poly, ...]:
         """Returns Polytropon, and two heads of routing."""
-        return cls(r=2, n_tasks=3, n_skills=2), cls(r=1, n_tasks=2, n_skills=3, n_splits=2, init_weights=False)
+        return cls(r=2, n_tasks=3, n_skills=2), cls(r=1, n_tasks=2, n_skills=3, n_splits=2)
 
     def sample_values(self, rows: int) -> dict[str, Tensor]:
         return {"task_ids": torch.arange(rows) % self.n_tasks}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.context import Context
+from funcpeft.families import rounded
 from funcpeft.method import Additive, Method
 from funcpeft.tree import Leaves, Tree
 from funcpeft.weights import Base
@@ -84,9 +85,7 @@ class PVeRA(Additive):
         gen = rng.stream(self.projection_prng_key).generator
         a = rng.kaiming((2 * self.r, max(s[-1] for s in shapes)), gen, a=0.0)
         b = rng.kaiming((max(s[-2] for s in shapes), self.r), gen, a=0.0)
-        if dtype.itemsize < 4:  # as peft rounds them
-            a, b = a.to(dtype).float(), b.to(dtype).float()
-        return {}, {"": {"A": a, "B": b}}
+        return {}, {"": {"A": rounded(a, dtype), "B": rounded(b, dtype)}}
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         b, d = torch.ones(base.shape[-2]), rng.randn((2 * self.r,), gen)

@@ -22,27 +22,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcpeft import rng
-from funcpeft.families import Factored
+from funcpeft import errors, rng
+from funcpeft.families import Factored, rounded
 from funcpeft.method import Method
 from funcpeft.tree import Leaves, Tree
 from funcpeft.weights import Base
 
 
 def dense_bases(r: int, small: int, large: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws A ``(r, 1, small)`` and B ``(large, n, r)`` of unit deviation, in bfloat16 as peft does."""
+    """Draws A ``(r, 1, small)`` and B ``(large, n, r)``, in bfloat16 as peft does."""
     count = math.ceil(small / r)
     a = _kaiming_half((r, 1, small), gen)
-    b = torch.cat([_kaiming_half((large, 1, r), gen) for _ in range(count)], 1)
-    return a / a.std(), b / b.std()
+    return a, torch.cat([_kaiming_half((large, 1, r), gen) for _ in range(count)], 1)
 
 
 def sparse_bases(r: int, small: int, large: int, sparsity: float, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws bases whose entries are -1 and 1 with probability 1 / (2 sparsity) each, else 0, and scales them."""
+    """Draws bases whose entries are -1 and 1 with probability 1 / (2 sparsity) each, else 0."""
     a = torch.rand((r, 1, small), generator=gen)
     b = torch.rand((large, math.ceil(small / r), r), generator=gen)
     a, b = ((t > 1 - 1 / (2 * sparsity)).float() - (t < 1 / (2 * sparsity)).float() for t in (a, b))
-    return a / a.std(), b / b.std()
+    return a, b
 
 
 def _kaiming_half(shape: tuple[int, ...], gen: torch.Generator) -> Tensor:
@@ -101,24 +100,23 @@ class RandLoRA(Factored):
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
-        return cls(r=2, randlora_alpha=3, randlora_dropout=0.25), cls(r=3, randlora_alpha=2, sparse=True, save_projection=False)
-
-    def check_site(self, base: Base) -> None:
-        super().check_site(base)
-        entries, least = min(base.shape) * self.r, 9 if self.sparse or self.very_sparse else 2
-        self.require_at(entries >= least, base, f"a basis needs at least {least} entries to have a deviation", entries)
+        sparse = cls(r=3, randlora_alpha=2, sparse=True, save_projection=False, projection_prng_key=3)  # of no zero products
+        return cls(r=2, randlora_alpha=3, randlora_dropout=0.25), sparse
 
     def init_shared(self, sites: Mapping[str, Base], seed: int | rng.Stream) -> tuple[Tree, Tree]:
-        sizes, dtype = [base.shape for base in sites.values()], next(iter(sites.values())).dtype
+        sizes, dtype = [b.shape for b in sites.values()], next(iter(sites.values())).dtype
         out, in_ = (max(s[axis] for s in sizes) for axis in (-2, -1))
         small, large, gen = min(out, in_), max(out, in_), rng.stream(self.projection_prng_key).generator
         with torch.device("cpu"):
             if self.sparse or self.very_sparse:
                 sparsity = math.sqrt(small) if self.very_sparse else 3
-                a, b = (t.to(dtype).float() for t in sparse_bases(self.r, small, large, sparsity, gen))
+                bases = sparse_bases(self.r, small, large, sparsity, gen)
             else:
-                a, b = (t.float() for t in dense_bases(self.r, small, large, gen))
-        return {}, {"": {"A": a, "B": b}}
+                bases = dense_bases(self.r, small, large, gen)
+        if any(bool((t == t.flatten()[0]).all()) for t in bases):  # their deviation is 0, or none
+            rule, remedy = "entries of the bases must not all be equal", "change r or projection_prng_key"
+            raise ValueError(errors.say(self.label, rule, f"those of key {self.projection_prng_key}", remedy))
+        return {}, {"": {name: rounded((t / t.std()).float(), dtype) for name, t in zip("AB", bases, strict=True)}}
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         small, large = min(base.shape), max(base.shape)

@@ -78,8 +78,9 @@ class SuperTuning(Additive):
         return int(base.shape.numel() * (1 - self.sparsity))
 
     def check_site(self, base: Base) -> None:
-        n = base.shape.numel()
+        n, p = base.shape.numel(), self.lora_dropout
         self.require_at(self.count(base) > 0, base, f"sparsity must leave one of {n} entries to train", self.sparsity)
+        self.require_at(base.met or not p, base, "lora_dropout must be 0 where no input meets the weight", p)
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         n, (out, in_) = self.count(base), base.shape
@@ -95,17 +96,19 @@ class SuperTuning(Additive):
         return leaves, consts
 
     def delta(self, leaves: Leaves, base: Base) -> Tensor:
-        v, shape = leaves["v"], base.shape
-        update = v.new_zeros(shape.numel()).scatter(0, leaves["i"].long(), v).view(shape)
+        update = _scattered(leaves, base)
         return update + leaves["scaling"] * (leaves["B"] @ leaves["A"]) if "A" in leaves else update
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        v, index, y = leaves["v"], leaves["i"].long(), base(x)
-        in_ = base.shape[-1]
-        met = x.to(v.dtype)[..., index % in_] * v
-        y = y.to(torch.promote_types(y.dtype, v.dtype)).index_add(-1, index // in_, met)
+        v, y, (out, in_) = leaves["v"], base(x), base.shape
+        if 4 * (x.numel() // in_) * v.shape[-1] > out * in_:  # then one dense product takes less than every entry per token
+            y = y + base.map(x, _scattered(leaves, base))
+        else:
+            index = leaves["i"].long()
+            met = x.to(v.dtype)[..., index % in_] * v
+            y = y.to(torch.promote_types(y.dtype, v.dtype)).index_add(-1, index // in_, met)
         if "A" in leaves:
-            low = F.linear(context.dropout(x, self.lora_dropout).to(v.dtype), leaves["A"])
+            low = base.map(context.dropout(x, self.lora_dropout), leaves["A"])
             y = y + leaves["scaling"] * F.linear(low, leaves["B"])
         return y
 
@@ -117,3 +120,8 @@ class SuperTuning(Additive):
         """Writes the default of ``lora_alpha`` out, as peft does."""
         alpha = 2 * self.r if self.r is not None and self.lora_alpha is None else self.lora_alpha
         return {**super().to_peft_config(leaves), "lora_alpha": alpha}
+
+
+def _scattered(leaves: Leaves, base: Base) -> Tensor:
+    v, shape = leaves["v"], base.shape
+    return v.new_zeros(shape.numel()).scatter(0, leaves["i"].long(), v).view(shape)

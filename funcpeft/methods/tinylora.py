@@ -22,7 +22,7 @@ from torch import Tensor
 from funcpeft import errors, rng
 from funcpeft.families import Factored
 from funcpeft.method import Method
-from funcpeft.tree import Leaves, Tree
+from funcpeft.tree import Adapter, Leaves, Tree
 from funcpeft.weights import Base
 
 _GROUP = "group "
@@ -39,8 +39,10 @@ class TinyLoRA(Factored):
         projection_seed: Determines P.
         save_projection: Whether checkpoints hold P; without it, reading draws it again.
         init_v_bound: Bound of ``init_weights="uniform"``.
-        tinylora_dropout: Probability with which elements of the adapter's input are dropped in training.
-        init_weights: True: v starts at 0; ``"uniform"``: U(+-bound). peft's False leaves v uninitialised and is refused.
+        tinylora_dropout: Probability with which elements of the adapter's input are dropped in training; of an embedding,
+            those of the rows of B that it looks up.
+        init_weights: True: v starts at 0; ``"uniform"``: U(+-bound). peft's False leaves v uninitialised: files may say so,
+            but ``init`` refuses it.
         bias: Which biases are trained beside: ``"none"``, ``"all"`` of the model, ``"tinylora_only"`` those of the targets.
     """
 
@@ -59,6 +61,7 @@ class TinyLoRA(Factored):
     keys: ClassVar[dict[str, str]] = {"A": "tinylora_A", "B": "tinylora_B", "P": "tinylora_P"}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules",)
+    optional_keys: ClassVar[tuple[str, ...]] = ("tinylora_P",)
     leaf_names: ClassVar[tuple[str, ...]] = ("v", "A", "B", "P")
     dropout_field: ClassVar[str] = "tinylora_dropout"
     depends_on_sites: ClassVar[bool] = True
@@ -71,8 +74,8 @@ class TinyLoRA(Factored):
         self.require_positive("r", "u")
         self.require(0 <= self.weight_tying <= 1, "weight_tying", "in [0, 1]", self.weight_tying)
         self.require_probability("tinylora_dropout")
-        if self.init_weights not in (True, "uniform"):
-            raise ValueError(errors.one_of(self.label, "init_weights", self.init_weights, (True, "uniform")))
+        if self.init_weights not in (True, False, "uniform"):
+            raise ValueError(errors.one_of(self.label, "init_weights", self.init_weights, (True, False, "uniform")))
         self.require_bias()
 
     @classmethod
@@ -87,23 +90,30 @@ class TinyLoRA(Factored):
     def scopes(self, sites: Mapping[str, Base]) -> Mapping[str, tuple[str, ...]]:
         return {path: (f"{_GROUP}{self.group(i, len(sites))}",) for i, path in enumerate(sites)}
 
+    def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
+        drawn = self.init_weights is not False or bool(needs.get("inference_mode"))
+        self.require(drawn, "init_weights", "True or 'uniform' where v is not read from a file", self.init_weights)
+        return super().init(sites, seed=seed, **needs)
+
     def init_shared(self, sites: Mapping[str, Base], seed: int | rng.Stream) -> tuple[Tree, Tree]:
         made: Tree = {}
-        for scope in dict.fromkeys(s for names in self.scopes(sites).values() for s in names):
-            v = torch.zeros(self.u)
-            if self.init_weights == "uniform":
-                v = rng.uniform((self.u,), rng.generator(seed, scope), self.init_v_bound)
-            made[scope] = {"v": v}
+        for path, (scope,) in self.scopes(sites).items():
+            if scope not in made:
+                dtype = sites[path].dtype if isinstance(seed, rng.Stream) else torch.float32  # peft draws in the base's
+                v, bound = torch.zeros(self.u, dtype=dtype), self.init_v_bound
+                if self.init_weights == "uniform":
+                    v.uniform_(-bound, bound, generator=rng.generator(seed, scope))
+                made[scope] = {"v": v}
         return made, {}
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         weight = base.weight.mT if base.takes_ids else base.weight
-        u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+        u, s, vh = (t.to(base.dtype) for t in torch.linalg.svd(weight.float(), full_matrices=False))
         r = min(self.r, *weight.shape)
-        root = s[:r].to(weight.dtype).sqrt()
-        a, b = root[:, None] * vh[:r].to(weight.dtype), u[:, :r].to(weight.dtype) * root
+        root = s[:r].sqrt()
         p = rng.normal((self.u, r, r), rng.stream(self.projection_seed + base.index).generator, 1.0 / r**0.5)
-        return {}, {"A": a.contiguous(), "B": b.contiguous(), "P": p}
+        made = {"A": root[:, None] * vh[:r], "B": u[:, :r] * root, "P": p.to(base.dtype)}
+        return {}, {name: t.to(weight.dtype).contiguous() for name, t in made.items()}
 
     def pair(self, leaves: Leaves, base: Base) -> tuple[Tensor, Tensor]:
         a, b, mixed = leaves["A"], leaves["B"], torch.einsum("u,urs->rs", leaves["v"], leaves["P"])

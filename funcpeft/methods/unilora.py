@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from funcpeft import rng
-from funcpeft.families import Factored
+from funcpeft.families import Factored, rounded
 from funcpeft.method import Method
 from funcpeft.tree import Adapter, Leaves, Tree
 from funcpeft.weights import Base
@@ -95,6 +95,8 @@ class UniLoRA(Factored):
     def init_shared(self, sites: Mapping[str, Base], seed: int | rng.Stream) -> tuple[Tree, Tree]:
         gen, shape = rng.generator(seed, ""), (self.theta_d_length,)
         theta = rng.uniform(shape, gen, self.init_theta_d_bound) if self.init_weights else rng.randn(shape, gen)
+        if isinstance(seed, rng.Stream):
+            theta = rounded(theta, next(iter(sites.values())).dtype)
         return {"": {"theta": theta}}, {}
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
@@ -111,7 +113,8 @@ class UniLoRA(Factored):
         consts, parts = dict(made.consts), iter(index.split(sizes))
         for path, (a, b) in zip(sites, shapes, strict=True):
             own = {"iA": next(parts).view(a).clone(), "iB": next(parts).view(b).clone()}
-            consts[path] = {**own, "sA": scales[own["iA"]], "sB": scales[own["iB"]]}
+            of_site = rounded(scales, sites[path].dtype)
+            consts[path] = {**own, "sA": of_site[own["iA"]], "sB": of_site[own["iB"]]}
         return made.replace(consts=consts)
 
     def pair(self, leaves: Leaves, base: Base) -> tuple[Tensor, Tensor]:

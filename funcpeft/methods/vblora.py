@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from funcpeft import rng
-from funcpeft.families import Factored
+from funcpeft.families import Factored, rounded
 from funcpeft.method import Method
 from funcpeft.tree import Adapter, Leaves, Tree
 from funcpeft.weights import Base
@@ -91,7 +91,7 @@ class VBLoRA(Factored):
         params: Tree = {}
         for path, base in sites.items():  # peft draws the bank anew at every site, and the last one stays
             bank = rng.uniform((self.num_vectors, self.vector_length), rng.generator(seed, ""), self.init_vector_bank_bound)
-            params[""] = {"V": bank}
+            params[""] = {"V": rounded(bank, base.dtype) if isinstance(seed, rng.Stream) else bank}
             params[path] = self.init_site(base, rng.generator(seed, path))[0]
         return Adapter(params)
 

@@ -6,16 +6,18 @@ c (n,): trained coefficients; i: their places in an (out, in) matrix, drawn from
 s: scaling. C is padded by the length of the wavelet's filter and made even; its quarters are the averages and the details
 of one level of the inverse discrete wavelet transform in two dimensions. Without ``use_idwt`` the update is s C itself.
 
-The filters of ``"db1"`` (Haar) are here; those of other families come from PyWavelets.
+The filters are computed: of ``db`` and ``sym`` by factoring the half-band polynomial, of ``coif`` by Newton's method.
 
 References:
     Bilican et al., Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, 2025, arXiv 2505.12532, eq. (4), (5).
-    Daubechies, Ten Lectures on Wavelets, 1992, chapter 6 (the filters).
+    Daubechies, Ten Lectures on Wavelets, 1992, sections 6.1, 6.4 (``db``) and 8.1.1 (``sym``).
+    Daubechies, Orthonormal Bases of Compactly Supported Wavelets II, SIAM J. Math. Anal. 24, 1993, section 3 (``coif``).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,22 +32,56 @@ from funcpeft.method import Additive, FrozenDict, Method, by_pattern
 from funcpeft.tree import Adapter, Leaves
 from funcpeft.weights import Base
 
-_HAAR = (0.5**0.5, 0.5**0.5)
-_ORDERS = {"db": range(1, 39), "sym": range(2, 21), "coif": range(1, 18)}
-FAMILIES = tuple(f"{name}{i}" for name, orders in _ORDERS.items() for i in orders)
+#: Which roots of the least asymmetric filters lie outside the unit circle, in the order of their moduli inside it.
+_OUTSIDE = ("", "", "0", "0", "01", "10", "101", "100", "0101", "0110", "10101")
+FAMILIES = (*(f"db{n}" for n in range(1, 11)), *(f"sym{n}" for n in range(2, 11)), *(f"coif{n}" for n in range(1, 6)))
 
 
 @functools.cache
 def synthesis(family: str) -> tuple[float, ...]:
-    """Returns the low-pass filter of an orthogonal wavelet's inverse transform."""
-    if family == "db1":
-        return _HAAR
-    try:
-        import pywt
-    except ImportError as e:
-        rule, remedy = "families other than 'db1' need PyWavelets", "pip install 'funcpeft[wavelets]'"
-        raise ImportError(errors.say(f"waveft with {family!r}", rule, None, remedy)) from e
-    return tuple(pywt.Wavelet(family).rec_lo)
+    """Returns the low-pass filter of an orthogonal wavelet's inverse transform, one of ``FAMILIES``."""
+    name = family.rstrip("0123456789")
+    order = int(family.removeprefix(name))
+    taps = _coiflet(order) if name == "coif" else _daubechies(order, _OUTSIDE[order] if name == "sym" else "")
+    return tuple(math.sqrt(2) * t / sum(taps) for t in taps)
+
+
+def _daubechies(order: int, outside: str) -> list[float]:
+    """Factors P(y) (1 - y)^N, P(y) = sum_k C(N - 1 + k, k) y^k, y = (2 - z - 1/z) / 4: half of the roots z, in pairs."""
+    import numpy as np
+
+    b = 1 - 2 * np.roots([math.comb(order - 1 + k, k) for k in reversed(range(order))]).astype(complex)
+    z = b - np.sqrt(b * b - 1)  # z + 1/z = 2 b
+    inside = sorted((v for v in np.where(abs(z) < 1, z, 1 / z) if v.imag >= 0), key=abs)
+    kept = [1 / v if flag == "1" else v for v, flag in zip(inside, outside or "0" * order, strict=False)]
+    pairs = [v for u in kept for v in ((u, u.conjugate()) if u.imag else (u,))]
+    return np.poly([*pairs, *[-1] * order]).real.tolist()
+
+
+def _coiflet(order: int) -> list[float]:
+    """Solves for f in m(w) = cos^2K(w/2) (P(s) + s^K f(w)), s = sin^2(w/2), f of 2K terms: |m(w)|^2 + |m(w + pi)|^2 = 1.
+
+    Since c^K P(s) + s^K P(c) = 1 for c = 1 - s, the condition has a factor s^K c^K, which is left out.
+    """
+    import numpy as np
+
+    terms = np.arange(2 * order)
+
+    def parts(w: Any) -> tuple[Any, ...]:
+        c, s = np.cos(w / 2) ** 2, np.sin(w / 2) ** 2
+        p = sum(math.comb(order - 1 + k, k) * s**k for k in range(order))
+        return c**order, s**order, p, np.exp(-1j * w * terms)
+
+    w, f = (np.arange(2 * order)[:, None] + 0.5) * np.pi / (4 * order), np.zeros((2 * order, 1))
+    for _ in range(20):
+        off, slope = -2 * parts(w)[2] * parts(w + np.pi)[2], 0
+        for c, s, p, waves in (parts(w), parts(w + np.pi)):
+            v = waves @ f
+            off = off + c * (2 * p * v.real + s * abs(v) ** 2)
+            slope = slope + 2 * c * (p * waves.real + s * (v.conj() * waves).real)
+        f = f - np.linalg.solve(slope, off)
+    c, s, p, waves = parts(2 * np.pi * np.arange(6 * order)[:, None] / (6 * order))
+    return np.roll(np.fft.ifft((c * (p + s * (waves @ f)))[:, 0]).real, 2 * order).tolist()
 
 
 def inverse_transform(coefficients: Tensor, low: Tensor) -> Tensor:
@@ -74,7 +110,7 @@ class WaveFT(Additive):
     Args:
         n_frequency: Number n of coefficients at a site; at most ``out * in``.
         scaling: What multiplies the update.
-        wavelet_family: An orthogonal wavelet: ``"db1"`` to ``"db38"``, ``"sym2"`` to ``"sym20"``, ``"coif1"`` to ``"coif17"``.
+        wavelet_family: An orthogonal wavelet: ``"db1"`` to ``"db10"``, ``"sym2"`` to ``"sym10"``, ``"coif1"`` to ``"coif5"``.
         use_idwt: Whether coefficients are of wavelets; else of single entries.
         random_loc_seed: Determines the places, the same at all sites of one shape.
         n_frequency_pattern: Numbers of coefficients by pattern of the module path; the first that matches wins.
@@ -113,12 +149,17 @@ class WaveFT(Additive):
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
-        return cls(n_frequency=1, scaling=3.0), cls(n_frequency=3, wavelet_family="db2", n_frequency_pattern={"second": 2})
+        db2 = cls(n_frequency=3, wavelet_family="db2", n_frequency_pattern={"second": 2})
+        return cls(n_frequency=1, scaling=3.0), db2, cls(n_frequency=2, use_idwt=False)
 
     def check_site(self, base: Base) -> None:
-        n, entries = by_pattern(self.n_frequency_pattern, base.path, self.n_frequency), base.shape.numel()
-        ok = n <= entries or self.proportional_parameters
-        self.require_at(ok, base, f"n_frequency must be at most out * in = {entries}", n, "see n_frequency_pattern")
+        if not self.proportional_parameters:
+            n = by_pattern(self.n_frequency_pattern, base.path, self.n_frequency)
+            self._require_room(base, n, "see n_frequency_pattern")
+
+    def _require_room(self, base: Base, n: int, remedy: str) -> None:
+        entries = base.shape.numel()
+        self.require_at(n <= entries, base, f"n_frequency must be at most out * in = {entries}", n, remedy)
 
     def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
         total = sum(base.shape.numel() for base in sites.values())
@@ -126,8 +167,8 @@ class WaveFT(Additive):
         for path, base in sites.items():
             n = by_pattern(self.n_frequency_pattern, path, self.n_frequency)
             if self.proportional_parameters:
-                share = base.shape.numel() / total
-                n = min(base.shape.numel(), max(1, round(share * (self.n_frequency * len(sites)))))
+                n = max(1, round(base.shape.numel() / total * (self.n_frequency * len(sites))))
+                self._require_room(base, n, "its share of all numbers is that; lower n_frequency")
             gen = rng.generator(seed, path)
             params[path] = {"c": torch.zeros(n) if self.init_weights else 0.01 * rng.randn((n,), gen)}
             order = torch.randperm(base.shape.numel(), generator=rng.stream(self.random_loc_seed).generator, device="cpu")

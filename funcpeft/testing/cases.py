@@ -132,7 +132,7 @@ class Case:
         kept = {  # patterns may only name sites that there are
             f.name: {k: v for k, v in getattr(self.method, f.name).items() if k in names}
             for f in fields(self.method)
-            if isinstance(getattr(self.method, f.name), FrozenDict)
+            if f.name.endswith("_pattern") and isinstance(getattr(self.method, f.name), FrozenDict)
         }
         return replace(self.method, target_modules=names, **kept)
 
@@ -193,6 +193,12 @@ class Built:
         """The params with every stored weight decoded."""
         return dequantize(self.params)
 
+    @functools.cached_property
+    def merges(self) -> bool:
+        """Whether the method has a merged form at every site."""
+        sites = [(e.method, b) for e in self.net.entries for b in self.net.bases(e, self.params).values()]
+        return self.case.method.merges and all(method.merges_at(base) for method, base in sites)
+
     def fresh(self, seed: int | None = None) -> Any:
         """Returns a freshly initialised adapter."""
         return self.init(self.net, self.case.seed if seed is None else seed)
@@ -203,6 +209,11 @@ class Built:
         for entry in net.entries:
             needs |= entry.method.sample_needs(net.bases(entry, self.params), seed)
         return net.init(self.params, seed, **needs)
+
+    def file_needs(self) -> dict[str, Any]:
+        """Returns the sample data of this case's adapters that their files do not hold."""
+        needs = self.net.entries[0].method.sample_needs(self.net.bases(self.net.entries[0], self.params), self.case.seed)
+        return {name: needs[name] for name in self.case.method.file_needs if name in needs}
 
     def context(self, **fields: Any) -> Context:
         """Returns the context of a call on the case's input, with sample values where its method reads any."""

@@ -39,7 +39,7 @@ def _agree(law: str, case: Case, got: tuple[Tensor, ...], want: tuple[Tensor, ..
 def identity(case: Case) -> None:
     """A freshly initialised adapter changes nothing, to the float32 in which leaves are drawn, for methods that say so."""
     b = case.built()
-    if case.method.identity_at_init:
+    if case.method.neutral:
         drawn = torch.float32 if torch.finfo(case.dtype).eps < torch.finfo(torch.float32).eps else case.dtype
         _agree("identity", case, b.out(b.fresh()), b.base_out(), b.tolerance(dtype=drawn))
 
@@ -47,12 +47,12 @@ def identity(case: Case) -> None:
 def merge(case: Case) -> None:
     """The adapted model equals the base model on merged weights and biases, and the report's bound is finite."""
     b = case.built()
-    if not case.method.merges:
+    if not b.merges:
         try:
             b.net.merge(b.params, b.adapter())
         except NoMergedFormError:
             return
-        raise AssertionError(f"merge: a method without a merged form must refuse, at {case}")
+        raise AssertionError(f"merge: where there is no merged form it must be refused, at {case}")
     adapter = b.adapter()
     merged, report = b.net.merge(b.params, adapter)
     _agree("merge", case, b.out(adapter), b.base_out(merged), b.tolerance(merged))
@@ -62,7 +62,7 @@ def merge(case: Case) -> None:
 def unmerge(case: Case) -> None:
     """Unmerging after merging restores weights and biases within a bound computed from their sizes and the method's gain."""
     b = case.built()
-    if not (case.method.merges and case.method.unmerges):
+    if not (b.merges and case.method.unmerges):
         return
     adapter = b.adapter()
     merged, _ = b.net.merge(b.params, adapter)
@@ -99,7 +99,7 @@ def purity(case: Case) -> None:
     fresh = b.fresh()
     b.out(adapter)
     made = [*pytree.tree_leaves((fresh.params, fresh.consts))]
-    if case.method.merges:
+    if b.merges:
         merged, _ = b.net.merge(b.params, adapter)
         made += [t for k, t in merged.items() if t is not b.params.get(k) and k not in b.model.ties]
         if case.method.unmerges:
@@ -158,7 +158,7 @@ def vmap(case: Case) -> None:
     got = torch.func.vmap(lambda a: b.out(a))(many)
     for i, member in enumerate(members):
         _agree("vmap", case, tuple(g[i] for g in got), b.out(member), tolerance * _size(b.out(member)))
-    if case.method.merges:
+    if b.merges:
         merged = torch.func.vmap(lambda a: b.net.merge(b.params, a)[0], out_dims=0)(many)
         for i, member in enumerate(members):
             alone, _ = b.net.merge(b.params, member)
@@ -306,7 +306,8 @@ def compiled(case: Case) -> None:
 def round_trip(case: Case) -> None:
     """Config to JSON and back is the identity, and so is an adapter saved to a file and loaded, bit for bit.
 
-    Where the file holds a function of the leaves (an evaluated projection), the outputs are equal bit for bit.
+    Where the file holds a function of the leaves (an evaluated projection), the outputs are equal bit for bit. What a
+    method's files do not hold (``Method.file_needs``) is given again.
     """
     b = case.built()
     method = b.net.methods[0]
@@ -318,7 +319,7 @@ def round_trip(case: Case) -> None:
     adapter = b.adapter()
     with tempfile.TemporaryDirectory() as folder:
         save_peft(b.net, adapter, folder)
-        net, back = load_peft(b.model, b.params, folder)
+        net, back = load_peft(b.model, b.params, folder, **b.file_needs())
     for got, want in zip(outputs(net(b.params, back, b.x, context=b.context(), **b.options())), b.out(adapter), strict=True):
         assert torch.equal(got, want), f"round trip: the output changed by {distance(got, want):.3g}, at {case}"
     if {p: set(v) for p, v in back.params.items()} == {p: set(v) for p, v in adapter.params.items()}:
@@ -328,7 +329,7 @@ def round_trip(case: Case) -> None:
 def add(case: Case) -> None:
     """For additive methods, merging one adapter after another equals adding both updates."""
     b = case.built()
-    if not case.method.additive:
+    if not (case.method.additive and b.merges):
         return
     one, two = b.adapter(0), b.adapter(1)
     first, _ = b.net.merge(b.params, one, dtype=torch.float64)
@@ -345,7 +346,7 @@ def add(case: Case) -> None:
 def nest(case: Case) -> None:
     """Two methods at the same sites equal applying one after the other: the second sees the first's merged weights."""
     b = case.built()
-    if not case.method.merges:
+    if not b.merges:
         return
     one, two = b.adapter(0), b.adapter(1)
     net = adapt(b.model, [case.targeted(), case.targeted()])

@@ -5,7 +5,7 @@ from rows.row import GPT, LINEARS, Row
 
 def frod(model, targets=LINEARS, dtype="float64", **kwargs):
     return Row(
-        "FrodConfig", model, {"target_modules": targets, "sparse_rate": 0.1, "progressbar": True, **kwargs}, True, dtype=dtype
+        "FrodConfig", model, {"target_modules": targets, "sparse_rate": 0.1, "progressbar": False, **kwargs}, True, dtype=dtype
     )
 
 

@@ -75,6 +75,7 @@ class Row:
     single: bool = False
     merges: bool = True
     init: bool = True
+    values: dict = dataclasses.field(default_factory=dict)  # of the call: keywords in peft, values of the context here
     dtype: str = "float64"
 
     def __str__(self):

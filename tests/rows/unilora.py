@@ -11,5 +11,6 @@ ROWS = [
     unilora("mlp"),
     unilora("mlp3d", save_indices=True, bias="unilora_only"),
     unilora("mlp", init_weights=False, proj_seed=3),
+    unilora("mlp", theta_d_length=400),
     unilora("gpt", GPT),
 ]

@@ -1,10 +1,10 @@
-"""Parity rows of WaveFT. peft's filters of "coif4" and "coif5" are wrong: see test_differences_waveft.py."""
+"""Parity rows of WaveFT. peft's filters of "coif4" and "coif5" are wrong: see test_differences_c3a_to_waveft.py."""
 
 from rows.row import GPT, LINEARS, Row
 
 
 def waveft(model, targets=LINEARS, **kwargs):
-    # peft's table of filters agrees with PyWavelets to 12 digits
+    # the digits of peft's tables of filters
     return Row("WaveFTConfig", model, {"target_modules": targets, "n_frequency": 9, **kwargs}, single=True)
 
 

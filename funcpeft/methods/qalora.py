@@ -1,0 +1,78 @@
+r"""QA-LoRA: quantization-aware low-rank adaptation, whose update is constant along groups of inputs.
+
+.. math:: y = W x + s \, B A \, \frac{n}{g} \sum_{\text{group}} x, \qquad
+   W' = W + s \, B A', \quad A'_{:, j} = A_{:, \lfloor j / g \rfloor} \, n / g
+
+A (r, n), B (out, r): trained; g: group size; n = in / g groups, whose mean input, times n, A meets. The update shifts all
+weights of a group alike, so on a base that is quantized in the same groups it fits into the zero points.
+
+References:
+    Xu et al., QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models, 2023, arXiv 2309.14717, section 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcpeft import rng
+from funcpeft.context import Context
+from funcpeft.method import Method
+from funcpeft.methods.lora import LoRA
+from funcpeft.tree import Leaves
+from funcpeft.weights import Base
+
+
+@dataclass(frozen=True, kw_only=True)
+class QALoRA(LoRA):
+    """Low-rank adaptation of group means.
+
+    Args:
+        qalora_group_size: Number g of consecutive inputs in a group; must divide in.
+
+    Other fields are those of ``LoRA``; ``init_lora_weights`` must be ``True``, ``lora_bias`` ``False``. peft applies the
+    method on GPTQ layers only, and silently makes plain LoRA of it elsewhere; here it is the same on every base.
+    """
+
+    qalora_group_size: int = 16
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
+    peft_fixed: ClassVar[dict[str, Any]] = {
+        **{k: v for k, v in LoRA.peft_fixed.items() if k != "qalora_group_size"},
+        "use_qalora": True,
+    }
+    leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "scaling", "rank")
+    rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
+    size: ClassVar[str] = "r * (in_ // qalora_group_size + out)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("qalora_group_size")
+        self.require(self.init_lora_weights is True, "init_lora_weights", "True", self.init_lora_weights)
+        self.require(not self.lora_bias, "lora_bias", "False", self.lora_bias)
+
+    @classmethod
+    def examples(cls) -> tuple[Method, ...]:
+        return (cls(r=2, lora_alpha=3, lora_dropout=0.25, qalora_group_size=2, rank_pattern={"second": 1}),)
+
+    def check_site(self, base: Base) -> None:
+        super().check_site(base)
+        in_, g = base.shape[-1], self.qalora_group_size
+        self.require_at(in_ % g == 0, base, f"qalora_group_size must divide in {in_}", g)
+
+    def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
+        params, consts = super().init_site(base, gen)
+        return {**params, "A": rng.kaiming((self.rank(base.path), base.shape[-1] // self.qalora_group_size), gen)}, consts
+
+    def delta(self, leaves: Leaves, base: Base) -> Tensor:
+        g, a = self.qalora_group_size, leaves["A"]
+        return leaves["scaling"] * (leaves["B"] @ (a * (a.shape[-1] / g)).repeat_interleave(g, dim=-1))
+
+    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        a = leaves["A"]
+        dropped = context.dropout(x, self.lora_dropout).to(a.dtype)
+        pooled = dropped.unflatten(-1, (a.shape[-1], self.qalora_group_size)).mean(-1) * a.shape[-1]
+        return base(x) + leaves["scaling"] * F.linear(F.linear(pooled, a), leaves["B"])
