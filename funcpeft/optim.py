@@ -9,7 +9,7 @@ entry per member, entry i acts on index i of the leading axis of every leaf of s
 ``torch.func.vmap(opt.update)`` over such states and adapters gives the same.
 
 Arithmetic is in a leaf's dtype, but at least in float32. The zeros of padded ranks stay zero, since their gradients are.
-Updates are differentiable, in gradients and in hyperparameters. Imports schedules, tree, errors.
+Updates are differentiable, in gradients and in hyperparameters. Imports transforms, schedules, tree, errors.
 
 References:
     Loshchilov and Hutter, AdamW, 2019, arXiv 1711.05101, algorithm 2, and SGDR, 2017, arXiv 1608.03983, eq. (5).
@@ -19,7 +19,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +30,22 @@ from funcpeft.schedules import (
     Schedule,
     constant,
     cosine,
-    evaluate,
-    hyperparameter,
     linear_warmup,
     warmup_cosine,
 )
-from funcpeft.tree import Adapters, as_tuple, register, tree_leaves, tree_map
+from funcpeft.transforms import (
+    Memory,
+    Optimizer,
+    State,
+    Transform,
+    Values,
+    broadcast,
+    chain,
+    fitted,
+    params_of,
+    wide,
+)
+from funcpeft.tree import Adapters, tree_leaves, tree_map
 
 __all__ = [
     "Optimizer",
@@ -49,147 +58,14 @@ __all__ = [
     "clip_by_global_norm",
     "constant",
     "cosine",
+    "hold",
     "linear_warmup",
+    "lora_fa",
+    "lora_plus",
+    "riemannian",
     "sgd",
     "warmup_cosine",
 ]
-
-Memory = dict[str, Any]
-Values = dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """The state of an optimizer; every tensor has a leading axis of N if it is per member.
-
-    Attributes:
-        step: Updates made so far, int64.
-        hyper: For each transform of the chain its hyperparameters, float64 tensors or schedules of such.
-        memory: For each transform its trees of the form of the gradients, such as momenta.
-    """
-
-    step: Tensor
-    hyper: dict[str, dict[str, Any]]
-    memory: dict[str, Memory]
-
-
-register(
-    State,
-    lambda s: ((s.step, s.hyper, s.memory), None),
-    lambda _, children: State(*children),
-    lambda s: ("step", "hyper", "memory"),
-)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Transform:
-    """One transform of a chain: a name, its key in the state, and a rule.
-
-    Args:
-        hyper: Hyperparameters by name, and ``valid`` the intervals they must be in, ``"[0, inf)"`` where none is named.
-        rule: ``rule(grads, memory, adapter, now) -> (updates, memory)``, pure; ``now`` holds the hyperparameters at this
-            step, each 0-d or (N,), and under ``"step"`` the number of this step, from 1. ``broadcast`` fits them to a leaf.
-        memory: Names of its trees, which start at zero.
-        descends: Whether the updates are steps to add to ``params``, not gradients.
-
-    Example:
-        >>> def sign(grads, memory, adapter, now):
-        ...     return tree_map(lambda g: broadcast(now["size"], g) * g.sign(), grads), memory
-        >>> chain(Transform(name="sign", hyper={"size": 2.0}, rule=sign), sgd(0.1))
-        Optimizer(sign, sgd)
-    """
-
-    name: str
-    hyper: Mapping[str, Any]
-    rule: Callable[[Any, Memory, Adapters, Values], tuple[Any, Memory]]
-    memory: tuple[str, ...] = ()
-    valid: Mapping[str, str] = field(default_factory=dict)
-    descends: bool = False
-
-    def __post_init__(self) -> None:
-        made = {k: hyperparameter(f"{self.name}: {k}", v, self.valid.get(k, "[0, inf)")) for k, v in self.hyper.items()}
-        object.__setattr__(self, "hyper", made)
-
-
-class Optimizer:
-    """A chain of transforms: itself a transform when called, an optimizer by ``init`` and ``update``; made by ``chain``."""
-
-    def __init__(self, *transforms: Transform) -> None:
-        self.transforms: dict[str, Transform] = {}
-        for t in transforms:
-            again = sum(t.name == s.name for s in self.transforms.values())
-            self.transforms[f"{t.name}_{again + 1}" if again else t.name] = t
-
-    def __repr__(self) -> str:
-        return f"Optimizer({', '.join(self.transforms)})"
-
-    def init(self, adapter: Adapters, members: int | None = None) -> State:
-        """Makes the state for an adapter.
-
-        Args:
-            adapter: An adapter or a tuple of them, stacked if the state is to be per member; read for shapes only.
-            members: N, for a state per member though no hyperparameter differs between members. Without it and without
-                (N,) hyperparameters a stacked adapter is one adapter to the optimizer, with one norm.
-
-        Raises:
-            ValueError: If hyperparameters and leaves are not all of N members.
-            TypeError: If ``adapter`` is no adapter.
-        """
-        params = _params(adapter)
-        leaves, given = tree_leaves(params), {key: t.hyper for key, t in self.transforms.items()}
-        shape = _member_shape(leaves, tree_leaves(given), members)
-        device = leaves[0].device if leaves else torch.device("cpu")
-        hyper = tree_map(lambda t: t.to(device).expand(shape).clone(), given)
-        zeros = lambda: tree_map(lambda t: torch.zeros_like(_wide(t)), params)  # noqa: E731
-        memory = {key: {name: zeros() for name in t.memory} for key, t in self.transforms.items()}
-        return State(torch.zeros(shape, dtype=torch.int64, device=device), hyper, memory)
-
-    def __call__(self, grads: Any, state: State, adapter: Adapters) -> tuple[Any, State]:
-        """Maps ``(grads, state, adapter)`` to ``(updates, state)``; raises as ``update`` does."""
-        if not isinstance(state, State) or state.hyper.keys() != self.transforms.keys():
-            found = sorted(state.hyper) if isinstance(state, State) else type(state).__name__
-            raise TypeError(
-                errors.say("optim", f"a State of {sorted(self.transforms)} is required", found, "make it with init")
-            )
-        params = _params(adapter)
-        _require_alike("grads", grads, params)
-        updates, count, memory = tree_map(_wide, grads), state.step + 1, {}
-        for key, t in self.transforms.items():
-            for name, tree in state.memory[key].items():
-                _require_alike(f"{key}: {name} of the state", tree, params)
-            now = {k: evaluate(f"{key}: {k}", h, state.step) for k, h in state.hyper[key].items()}
-            updates, memory[key] = t.rule(updates, state.memory[key], adapter, {**now, "step": count})
-        return updates, State(count, state.hyper, memory)
-
-    def update(self, grads: Any, state: State, adapter: Adapters) -> tuple[Any, State]:
-        """Makes one step and returns ``(adapter, state)`` after it; nothing given is changed, dtypes stay.
-
-        Args:
-            grads: A tree of the form of ``adapter.params``; a tuple of them for a tuple of adapters.
-            state: What ``init`` or the last ``update`` returned.
-            adapter: The adapter to step from.
-
-        Raises:
-            TypeError: If ``grads`` or ``state`` do not have the paths, leaves and shapes of ``adapter.params``.
-            ValueError: If not exactly one transform of the chain turns gradients into steps.
-        """
-        if sum(t.descends for t in self.transforms.values()) != 1:
-            raise ValueError(errors.say("optim.update", "the chain must hold one optimizer such as sgd or adamw", repr(self)))
-        updates, state = self(grads, state, adapter)
-        moved = tree_map(lambda p, u: (p + u).to(p.dtype), _params(adapter), updates)
-        if isinstance(adapter, tuple):
-            return tuple(one.replace(params=p) for one, p in zip(adapter, moved, strict=True)), state
-        return adapter.replace(params=moved), state
-
-
-def chain(*parts: Optimizer | Transform) -> Optimizer:
-    """Composes transforms, the first applied first; chains in chains are flattened.
-
-    Example:
-        >>> chain(clip_by_global_norm(1.0), adamw(lr=warmup_cosine(1e-3, warmup=10, steps=100)))
-        Optimizer(clip_by_global_norm, adamw)
-    """
-    return Optimizer(*(t for p in parts for t in (p.transforms.values() if isinstance(p, Optimizer) else (p,))))
 
 
 def sgd(lr: Hyper, momentum: Hyper = 0.0, nesterov: bool = False, weight_decay: Hyper = 0.0) -> Optimizer:
@@ -215,8 +91,8 @@ def sgd(lr: Hyper, momentum: Hyper = 0.0, nesterov: bool = False, weight_decay: 
         raise ValueError(errors.say("sgd", "nesterov needs a momentum above 0", momentum))
 
     def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
-        fit = _fitted({**now, "descent": -now["lr"]})
-        g = tree_map(lambda g, p: torch.addcmul(g, fit(g)["weight_decay"], _wide(p)), grads, _params(adapter))
+        fit = fitted({**now, "descent": -now["lr"]})
+        g = tree_map(lambda g, p: torch.addcmul(g, fit(g)["weight_decay"], wide(p)), grads, params_of(adapter))
         v = tree_map(lambda v, g: torch.addcmul(g, fit(g)["momentum"], v), memory["velocity"], g)
         along = tree_map(lambda v, g: torch.addcmul(g, fit(g)["momentum"], v), v, g) if nesterov else v
         return tree_map(lambda t: fit(t)["descent"] * t, along), {"velocity": v}
@@ -251,17 +127,17 @@ def _adamw(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[
         "eps": now["eps"] * root,
         "shrink": -now["lr"] * now["weight_decay"],
     }
-    fit = _fitted({**values, "descent": -now["lr"] * root / (1 - now["beta1"] ** now["step"])})
+    fit = fitted({**values, "descent": -now["lr"] * root / (1 - now["beta1"] ** now["step"])})
 
     def move(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
         # At 0 the root has no derivative, and v is 0 while a gradient is exactly 0: that of A in a fresh LoRA.
         deviation = v.clamp(min=torch.finfo(v.dtype).tiny).sqrt()
         along = fit(m)["descent"] * (m / (deviation + fit(v)["eps"]))
-        return torch.addcmul(along, fit(m)["shrink"], _wide(p))
+        return torch.addcmul(along, fit(m)["shrink"], wide(p))
 
     m = tree_map(lambda m, g: torch.lerp(m, g, fit(g)["m"]), memory["m"], grads)
     v = tree_map(lambda v, g: torch.lerp(v, g * g, fit(g)["v"]), memory["v"], grads)
-    return tree_map(move, m, v, _params(adapter)), {"m": m, "v": v}
+    return tree_map(move, m, v, params_of(adapter)), {"m": m, "v": v}
 
 
 def clip_by_global_norm(max_norm: Hyper) -> Optimizer:
@@ -272,7 +148,7 @@ def clip_by_global_norm(max_norm: Hyper) -> Optimizer:
 
 def _clip(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
     total = torch.func.vmap(_global_norm)(grads) if now["max_norm"].ndim else _global_norm(grads)
-    fit = _fitted({"scale": (now["max_norm"] / (total + 1e-6)).clamp(max=1.0)})
+    fit = fitted({"scale": (now["max_norm"] / (total + 1e-6)).clamp(max=1.0)})
     return tree_map(lambda g: g * fit(g)["scale"], grads), memory
 
 
@@ -281,55 +157,131 @@ def _global_norm(grads: Any) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
-def broadcast(value: Tensor, leaf: Tensor) -> Tensor:
-    """Shapes a hyperparameter, 0-d or (N,), to act on the leading axis of a leaf, in the leaf's dtype and device."""
-    return value.reshape(value.shape + (1,) * ((leaf.ndim - 1) * value.ndim)).to(device=leaf.device, dtype=leaf.dtype)
+# -- of low-rank factors ---------------------------------------------------------------------------------------------------
 
 
-def _fitted(values: Values) -> Callable[[Tensor], Values]:
-    """Broadcasts values once for all leaves of a kind: for a small adapter that is most of an update's time."""
-    made: dict[Any, Values] = {}
+def hold(*names: str) -> Optimizer:
+    """Leaves the leaves of these names where they are: after an optimizer in a chain it undoes decay and momentum too."""
 
-    def fit(leaf: Tensor) -> Values:
-        kind = (leaf.ndim, leaf.dtype, leaf.device)
-        if kind not in made:
-            made[kind] = {name: broadcast(value, leaf) for name, value in values.items()}
-        return made[kind]
+    def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
+        return by_leaf(lambda name, leaves, g: torch.zeros_like(g) if name in names else g, adapter, grads), memory
 
-    return fit
+    return Optimizer(Transform(name="hold", hyper={}, rule=rule))
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+def riemannian(reg: Hyper = 1e-2) -> Optimizer:
+    r"""Preconditions the gradients of low-rank factors by each other, at every site with leaves A and B; to be chained.
+
+    .. math:: \nabla A \leftarrow (B^\top B + \rho I)^{-1} \nabla A, \qquad
+       \nabla B \leftarrow \nabla B \, (A A^\top + \rho I)^{-1}
+
+    Args:
+        reg: :math:`\rho`, above 0: the damping, without which a fresh B of zeros has no inverse.
+
+    References:
+        Zhang and Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, 2024, arXiv 2402.02347, eq. (4).
+    """
+
+    def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
+        def turn(name: str, leaves: Mapping[str, Tensor], g: Tensor) -> Tensor:
+            if not {"A", "B"} <= leaves.keys() or name not in ("A", "B"):
+                return g
+            a, b = wide(leaves["A"]), wide(leaves["B"])
+            if name == "A":
+                return torch.linalg.solve(_damped(b.mT @ b, now["reg"]), g)
+            return torch.linalg.solve(_damped(a @ a.mT, now["reg"]), g, left=False)
+
+        return by_leaf(turn, adapter, grads), memory
+
+    return Optimizer(Transform(name="riemannian", hyper={"reg": reg}, rule=rule, valid={"reg": "(0, inf)"}))
 
 
-def _params(adapter: Adapters) -> Any:
-    params = tuple(one.params for one in as_tuple(adapter))
-    return params if isinstance(adapter, tuple) else params[0]
+def lora_fa(lr: Hyper, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-6, weight_decay: Hyper = 0.0) -> Optimizer:
+    r"""LoRA-FA: AdamW on B alone, with the gradient that is nearest to that of the whole update; A stays as it is drawn.
+
+    .. math:: \nabla B \leftarrow s^{-2} \, \nabla B \, (A A^\top + 10^{-8} I)^{-1}
+
+    Args:
+        lr: Step size.
+        betas: As of ``adamw``.
+        eps: As of ``adamw``.
+        weight_decay: As of ``adamw``; peft decays after the step and not before it, which differs by lr^2 * decay.
+
+    References:
+        Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for LLM Fine-tuning, 2023, arXiv 2308.03303.
+        Wang et al., LoRA-Pro: Are Low-Rank Adapters Properly Optimized?, 2024, arXiv 2407.18242, theorem 2.1 (the gradient).
+    """
+
+    def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
+        def turn(name: str, leaves: Mapping[str, Tensor], g: Tensor) -> Tensor:
+            if name != "B" or "A" not in leaves or "scaling" not in leaves:
+                return g
+            a, s = wide(leaves["A"]), leaves["scaling"].to(g.dtype)
+            s = s.reshape(s.shape + (1,) * (g.ndim - s.ndim))
+            return torch.linalg.solve(_damped(a @ a.mT, torch.tensor(1e-8)), g, left=False) / s**2
+
+        return by_leaf(turn, adapter, grads), memory
+
+    return chain(Transform(name="lora_fa", hyper={}, rule=rule), adamw(lr, betas, eps, weight_decay), hold("A"))
 
 
-def _member_shape(leaves: list[Tensor], hyper: list[Tensor], members: int | None) -> tuple[int, ...]:
-    counts = {t.shape[0] for t in hyper if t.ndim} | (set() if members is None else {members})
-    if len(counts) > 1 or any(n < 1 for n in counts):
-        required = "members and every (N,) hyperparameter must agree on N, at least 1"
-        raise ValueError(errors.say("optim.init", required, sorted(counts)))
-    for t in leaves:
-        if counts and (not t.ndim or t.shape[0] not in counts):
-            required = f"every leaf must have a leading axis of {counts.pop()} members"
-            raise ValueError(errors.say("optim.init", required, f"shape {tuple(t.shape)}", "stack the adapters"))
-    return tuple(counts)
+def lora_plus(
+    lr: Hyper,
+    ratio: Hyper = 16.0,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.0,
+    embeddings: tuple[str, ...] | list[str] = (),
+    embedding_lr: Hyper = 1e-6,
+) -> Optimizer:
+    """LoRA+: AdamW with a larger step for B, and for vectors, than for the rest.
+
+    Args:
+        lr: Step size.
+        ratio: How many times as large it is for leaves ``B`` and for vectors.
+        betas: As of ``adamw``.
+        eps: As of ``adamw``.
+        weight_decay: As of ``adamw``, of all leaves but biases and the vectors of norms.
+        embeddings: Paths of adapted embeddings, whose leaves step by ``embedding_lr``.
+        embedding_lr: Step size of those.
+
+    References:
+        Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, 2024, arXiv 2402.12354, section 4.
+    """
+
+    def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
+        def scale(path: str, name: str, p: Tensor, step: Tensor) -> Tensor:
+            fit = fitted({**now, "decay": now["lr"] * now["weight_decay"], "small": now["embedding_lr"] / now["lr"]})(step)
+            vector = step.ndim - now["lr"].ndim <= 1
+            if not (vector and ("bias" in path.rsplit(".", 1)[-1] or name == "bias" or "norm" in path.lower())):
+                step = step - fit["decay"] * wide(p)
+            if path in embeddings:
+                return fit["small"] * step
+            return fit["ratio"] * step if name == "B" or vector else step
+
+        trees, given = (t if isinstance(t, tuple) else (t,) for t in (grads, params_of(adapter)))
+        made = tuple(
+            {path: {n: scale(path, n, p[path][n], g) for n, g in leaves.items()} for path, leaves in tree.items()}
+            for tree, p in zip(trees, given, strict=True)
+        )
+        return made if isinstance(grads, tuple) else made[0], memory
+
+    hyper = {"lr": lr, "ratio": ratio, "weight_decay": weight_decay, "embedding_lr": embedding_lr}
+    return chain(adamw(lr, betas, eps, 0.0), Transform(name="lora_plus", hyper=hyper, rule=rule, valid={"lr": "(0, inf)"}))
 
 
-def _require_alike(what: str, tree: Any, params: Any) -> None:
-    found, wanted = (t if isinstance(t, tuple) else (t,) for t in (tree, params))
-    if isinstance(tree, tuple) != isinstance(params, tuple) or not all(isinstance(t, Mapping) for t in found):
-        raise TypeError(errors.say(what, "a tree of the form of adapter.params is required", type(tree).__name__))
-    if _shapes(found) != _shapes(wanted):
-        odd = sorted({str(k[1:]) for k, _ in _shapes(found).items() ^ _shapes(wanted).items()})
-        raise TypeError(errors.say(what, "paths, leaves and shapes must be those of adapter.params", f"a difference at {odd}"))
+def by_leaf(f: Callable[[str, Mapping[str, Tensor], Tensor], Tensor], adapter: Adapters, grads: Any) -> Any:
+    """Maps ``f(name, all leaves of the path, gradient)`` over a tree of gradients, or a tuple of them."""
+    trees = grads if isinstance(grads, tuple) else (grads,)
+    given = adapter if isinstance(adapter, tuple) else (adapter,)
+    made = tuple(
+        {path: {n: f(n, one.leaves(path), g) for n, g in leaves.items()} for path, leaves in tree.items()}
+        for one, tree in zip(given, trees, strict=True)
+    )
+    return made if isinstance(grads, tuple) else made[0]
 
 
-def _shapes(trees: tuple[Any, ...]) -> dict[tuple[int, str, str], tuple[int, ...]]:
-    return {
-        (i, path, n): tuple(t.shape) for i, tree in enumerate(trees) for path, leaves in tree.items() for n, t in leaves.items()
-    }
+def _damped(gram: Tensor, reg: Tensor) -> Tensor:
+    """Adds a multiple of the identity to matrices ``(..., r, r)``."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + broadcast(reg, gram) * eye

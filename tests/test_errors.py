@@ -553,7 +553,10 @@ def test_a_mistake_is_explained(call, kind, text, tmp_path):
 #: Files whose rows are in another test file.
 ELSEWHERE = {
     "optim.py": "test_optim.py",
+    "transforms.py": "test_optim.py",
     "schedules.py": "test_optim.py",
+    "replication.py": "test_tied_layers.py",
+    "families.py": "test_methods_shared.py",
     "gradients.py": "test_gradients.py",
     "remat.py": "test_remat.py",
     "train.py": "test_train.py",
