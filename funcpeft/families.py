@@ -38,6 +38,8 @@ class Factored(Additive):
     def check_site(self, base: Base) -> None:
         p = getattr(self, self.dropout_field, 0.0)
         self.require_at(base.met or not p, base, f"{self.dropout_field} must be 0 where no input meets the weight", p)
+        groups = base.kind.groups
+        self.require_at(groups == 1, base, "a convolution must have one group", groups, "leave the site out")
 
     def delta(self, leaves: Leaves, base: Base) -> Tensor:
         a, b = self.pair(leaves, base)

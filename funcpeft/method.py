@@ -278,6 +278,14 @@ class Method:
         """
         return self
 
+    def as_written(self, shapes: Mapping[str, torch.Size]) -> Self:
+        """Returns the method of a file with the fields that its tensors decide, where peft's configs do not say the truth.
+
+        Args:
+            shapes: Shapes of the file's tensors, by module path and peft's key.
+        """
+        return self
+
     def sample_needs(self, sites: Mapping[str, Base], seed: int) -> dict[str, Any]:
         """Returns made-up ``needs`` of ``init``, for the laws."""
         return {}

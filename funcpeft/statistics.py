@@ -337,7 +337,7 @@ class _Analysis:
             raise ImportError(errors.say(_CALIBRATE, rule, None, remedy)) from e
         self.pca: Any = IncrementalPCA(n_components=count)
         self.count, self.waiting = count, []
-        self.cosines = torch.zeros(count)
+        self.cosines, self.dtype = torch.zeros(count), torch.float32
 
     @property
     def found(self) -> bool:
@@ -349,6 +349,7 @@ class _Analysis:
         import numpy as np
 
         self.waiting = [*self.waiting, wide(rows).cpu()]
+        self.dtype = self.waiting[-1].dtype  # scikit-learn widens what it has seen
         if sum(map(len, self.waiting)) < self.count:
             return
         before = torch.from_numpy(self.pca.components_) if self.found else None
@@ -361,7 +362,7 @@ class _Analysis:
     def entries(self, device: torch.device) -> dict[str, Tensor]:
         """Returns directions, singular values and fractions of the variance."""
         names = {"components": "components_", "singular": "singular_values_", "explained": "explained_variance_ratio_"}
-        return {n: torch.nan_to_num(torch.tensor(getattr(self.pca, a), device=device)) for n, a in names.items()}
+        return {n: torch.nan_to_num(torch.tensor(getattr(self.pca, a), dtype=self.dtype, device=device)) for n, a in names.items()}
 
 
 def _components(

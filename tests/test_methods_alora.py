@@ -16,9 +16,7 @@ from funcpeft.methods.alora import active, last_offsets
 
 SEQUENCE = (7, 9)
 #: The sequence in the middle, not at all, twice, at the end, and cut off by the end.
-IDS = torch.tensor(
-    [[5, 7, 9, 11, 12, 13], [5, 6, 8, 9, 10, 11], [7, 9, 3, 7, 9, 20], [11, 3, 4, 6, 7, 9], [11, 3, 4, 6, 9, 7]]
-)
+IDS = torch.tensor([[5, 7, 9, 11, 12, 13], [5, 6, 8, 9, 10, 11], [7, 9, 3, 7, 9, 20], [11, 3, 4, 6, 7, 9], [11, 3, 4, 6, 9, 7]])
 OFFSETS = torch.tensor([5, 0, 3, 2, 0])
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
@@ -143,7 +141,7 @@ def test_given_offsets_win_over_those_of_the_ids(tmp_path):
 
 
 def test_embeds_need_offsets(tmp_path):
-    _, model, params, net, adapter = both("llama", tmp_path)
+    _, _, params, net, adapter = both("llama", tmp_path)
     embeds = params["model.embed_tokens.weight"][IDS]
     with pytest.raises(ValueError, match=r"alora: a call needs input_ids; pass context=Context\(values="):
         net(params, adapter, inputs_embeds=embeds)

@@ -25,8 +25,15 @@ from funcpeft.optim import adamw
 from funcpeft.population import apply_many
 from funcpeft.stacking import stack, unstack
 from funcpeft.statistics import calibrate, weight_gradients
-from funcpeft.testing import LAWS, check_law
+from funcpeft.testing import check_law
 from funcpeft.tree import tree_map
+
+pytestmark = [  # of peft, about what it decides by itself
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set"),
+    pytest.mark.filterwarnings("ignore:lora with eva initialization"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
+    pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA"),
+]
 
 MODELS = {"mlp": (Mlp, LINEARS, 12), "gpt": (Gpt, GPT, 8)}
 EPS = torch.finfo(torch.float32).eps
@@ -208,7 +215,7 @@ def test_lora_ga_is_pefts(direction, scale):
 
 def test_the_first_gradient_of_lora_ga_lies_in_that_of_the_weight():
     batches = inputs(12, rows=3)
-    model, params, net = ours(Mlp, LoRA(r=2, target_modules=["lin0"], init_lora_weights="lora_ga"))
+    _, params, net = ours(Mlp, LoRA(r=2, target_modules=["lin0"], init_lora_weights="lora_ga"))
     found = weight_gradients(net, params, lambda out, batch: out.square().mean(), batches, progress=False)
     leaves = net.init(params, 0, gradients=found).leaves("lin0")
     u, _, vh = torch.linalg.svd(found["lin0"], full_matrices=False)
@@ -230,11 +237,11 @@ class Shared(nn.Module):
         self.q, self.k, self.o = nn.Linear(10, 6), nn.Linear(10, 6), nn.Linear(6, 6)
 
     def forward(self, input_ids=None, attention_mask=None, labels=None):
-        return self.o(torch.tanh(self.q(input_ids) + self.k(input_ids)))
+        return self.o(torch.tanh(0.02 * (self.q(input_ids) + self.k(input_ids))))
 
 
 def loader(count=3, rows=6, tokens=20, seed=0):
-    scale = torch.tensor([9, 7, 5.5, 4, 3, 0.2, 0.2, 0.1, 0.1, 0.1])
+    scale = torch.tensor([6, 5.4, 4.8, 4.3, 3.8, 0.2, 0.2, 0.1, 0.1, 0.1])
     made = []
     for i in range(count):
         mask, labels = torch.ones(rows, tokens, dtype=torch.long), torch.ones(rows, tokens, dtype=torch.long)
@@ -356,7 +363,7 @@ def test_dora_starts_from_the_same_factors(init):
 
 
 def test_dora_on_loftq_starts_from_the_lengths_of_what_it_computes():
-    model, params, net = ours(Shared, DoRA(r=2, target_modules=["q"], init_lora_weights="loftq"))
+    _, params, net = ours(Shared, DoRA(r=2, target_modules=["q"], init_lora_weights="loftq"))
     dense = {**params, "q.weight": params["q.weight"] + drawn(6, 10)}
     leaves = net.init(params, 0, weights=dense).leaves("q")
     near(leaves["m"], (params["q.weight"] + leaves["scaling"] * leaves["B"] @ leaves["A"]).norm(dim=1), 50)
@@ -371,7 +378,7 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize("law", sorted(LAWS.keys() - {"round_trip"}))  # their files are plain LoRA of twice the rank: below
+@pytest.mark.parametrize("law", ["identity", "purity", "seed", "grad"])  # they add what PiSSA's formula does not say
 @pytest.mark.parametrize("method", MEASURED, ids=lambda m: m.init_lora_weights)
 def test_law(method, law):
     check_law(method, law, max_examples=2)
@@ -501,16 +508,12 @@ def test_ranks_are_checked(init, r, match):
 
 def test_kinds_are_checked():
     model, _ = functionalize(nn.ModuleDict({"c": nn.Conv1d(3, 4, 2), "m": nn.MultiheadAttention(4, 2)}))
-    with pytest.raises(
-        ValueError, match="lora at 'c': init 'mica' takes linear layers and embeddings, got conv; use init_lora"
-    ):
+    with pytest.raises(ValueError, match="lora at 'c': init 'mica' takes linear layers and embeddings, got conv"):
         adapt(model, LoRA(r=1, target_modules=["c"], init_lora_weights="mica"))
     with pytest.raises(ValueError, match="lora at 'c': init 'corda' takes linear layers, got conv"):
         adapt(model, LoRA(r=1, target_modules=["c"], init_lora_weights="corda"))
     only = {"target_modules": (), "target_parameters": ["m.out_proj.weight"]}
-    with pytest.raises(
-        ValueError, match="lora at 'm.out_proj': init 'corda' takes layers that meet their inputs themselves; leave"
-    ):
+    with pytest.raises(ValueError, match=r"lora at 'm\.out_proj': init 'corda' takes layers that meet their inputs"):
         adapt(model, LoRA(r=1, init_lora_weights="corda", **only))
 
 

@@ -36,7 +36,13 @@ def llama(tmp_path_factory):
     """Returns peft's model with drawn weights, and params, net and adapter read from its file."""
     folder = tmp_path_factory.mktemp("poly")
     config = peft.PolyConfig(
-        task_type="CAUSAL_LM", r=3, n_tasks=3, n_splits=2, n_skills=3, init_weights=False, target_modules=["q_proj", "down_proj"]
+        task_type="CAUSAL_LM",
+        r=3,
+        n_tasks=3,
+        n_splits=2,
+        n_skills=3,
+        init_weights=False,
+        target_modules=["q_proj", "down_proj"],
     )
     torch.manual_seed(2)
     with warnings.catch_warnings():
@@ -134,13 +140,17 @@ def test_a_router_alone_can_be_trained():
 def test_tasks_must_be_those_of_the_rows():
     params, net, adapter = small()
     x = torch.ones(4, 3, 6, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"context: the call needs the value 'task_ids', got none; pass context=Context\(values"):
+    with pytest.raises(
+        ValueError, match=r"context: the call needs the value 'task_ids', got none; pass context=Context\(values"
+    ):
         net(params, adapter, x)
     for odd in ([0, 3], [-1, 0]):
         with pytest.raises(ValueError, match=r"poly at '0': task_ids must be in \[0, 3\), got"):
             net(params, adapter, x, context=given(odd))
     for odd in ([0.0], [[0, 1]], [0, 1, 2], []):
-        with pytest.raises(ValueError, match=r"poly at '0': task_ids must be integers \(rows,\), one for each row of the input"):
+        with pytest.raises(
+            ValueError, match=r"poly at '0': task_ids must be integers \(rows,\), one for each row of the input"
+        ):
             net(params, adapter, x, context=given(odd))
     with pytest.raises(ValueError, match="task_ids must be integers"):
         net(params, adapter, x[0, 0], context=given([0]))

@@ -309,3 +309,20 @@ def test_refused_models():
         bare.call("shadow", leaves, bare.init(leaves, 0), input_ids=torch.tensor([[1]]))
     with pytest.raises(ValueError, match=r"net.call: method must be one of 'forward', 'generate', 'shadow', got 'train'"):
         net.call("train", params, net.init(params, 0), input_ids=torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_half_precision_and_stored_bases_are_met(stored):
+    model, params = fp.functionalize(llama().bfloat16())
+    if stored:
+        params = fp.quantize(model, params, fp.NF4(), target_modules="all-linear")
+    net = adapt(model, fp.Shadow(r=2))
+    adapter, given = shifted(net, params), batch()
+    assert {t.dtype for t in adapter.params[""].values()} == {torch.float32}
+    out, base = net(params, adapter, **given).logits, model(params, **given).logits
+    assert out.dtype == torch.bfloat16
+    assert float((out - base).float().abs().max()) > 1e-2
+    wide, leaves = fp.functionalize(llama())
+    leaves = {k: t.double() if t.is_floating_point() else t for k, t in fp.dequantize(params).items()}
+    want = adapt(wide, fp.Shadow(r=2))(leaves, tree_map(lambda t: t.double() if t.is_floating_point() else t, adapter), **given)
+    torch.testing.assert_close(out.double(), want.logits, rtol=0.05, atol=0.05)

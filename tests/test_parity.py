@@ -35,6 +35,8 @@ EXPECTED = (
     "Unsupported layer type",
     "Failed to load the CUDA",
     "Setting boft_n",
+    "Adjusted `(r|oft_block_size)`",
+    "symmetric initialization",
     "has no bias term",
 )
 #: Warnings of peft about what a config asks for.
@@ -183,7 +185,9 @@ def test_rows_cover_every_method_with_weights():
     covered = {type(method_of(config)) for config in configs}
     for name in methods.__all__:
         cls = getattr(methods, name)
-        if cls.peft_type and not hasattr(cls, "wrap") and not cls.file_needs:  # files that are not whole have tests of their own
+        if (
+            cls.peft_type and not hasattr(cls, "wrap") and not cls.file_needs
+        ):  # files that are not whole have tests of their own
             assert cls in covered, name
 
 

@@ -146,9 +146,10 @@ def load_peft(
     """
     folder = _folder(str(path), revision, subfolder)
     config = read_config(folder / CONFIG)
-    method = method_of(config, str(folder / CONFIG)).completed(needs)
-    net = adapt(model, _without_absent_heads(model, method, config))
     tensors = read_tensors(folder / WEIGHTS)
+    method = method_of(config, str(folder / CONFIG)).completed(needs)
+    method = method.as_written({key.removeprefix(_ROOT): t.shape for key, t in tensors.items()})
+    net = adapt(model, _without_absent_heads(model, method, config))
     return net, fill(net, params, tensors, str(folder / WEIGHTS), **needs)
 
 

@@ -43,7 +43,8 @@ def clusters(rows: Tensor, count: int) -> Tensor:
         from sklearn.cluster import KMeans
     except ImportError as e:
         raise ImportError(errors.say("adamss", "its start needs scikit-learn", None, "pip install 'funcpeft[adamss]'")) from e
-    means = KMeans(n_clusters=min(count, len(rows)), init="random", n_init=1, max_iter=10, random_state=_CLUSTERS_SEED)
+    options: dict[str, Any] = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": _CLUSTERS_SEED}
+    means = KMeans(n_clusters=min(count, len(rows)), **options)
     return torch.from_numpy(means.fit_predict(rows.detach().cpu().float().numpy())).long()
 
 

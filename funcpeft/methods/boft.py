@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -156,6 +156,11 @@ class BOFT(Method):
 
     def unmerge_gain(self, leaves: Leaves, base: Base) -> Tensor | float:
         return math.sqrt(base.shape[-1]) * (1 / leaves["s"]).abs().max().clamp(min=1)
+
+    def as_written(self, shapes: Mapping[str, torch.Size]) -> Self:
+        """Takes the number of factors from the tensors: without a GPU peft makes one, whatever the config says."""
+        found = {s[0] for k, s in shapes.items() if k.endswith(".boft_R")}
+        return replace(self, boft_n_butterfly_factor=found.pop()) if len(found) == 1 else self
 
     def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
         assert base is not None

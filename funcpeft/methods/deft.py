@@ -54,6 +54,7 @@ class DEFT(Method):
     bias: str = "none"
 
     peft_type: ClassVar[str] = "DEFT"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding"})
     keys: ClassVar[dict[str, str]] = {"P": "deft_P", "R": "deft_R"}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
     leaf_names: ClassVar[tuple[str, ...]] = ("P", "R", "scaling")
@@ -72,6 +73,14 @@ class DEFT(Method):
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
         return cls(r=2, deft_dropout=0.25, alpha=3), cls(r=1, decomposition_method="qr")
+
+    @property
+    def neutral(self) -> bool:
+        return not self.para
+
+    def check_site(self, base: Base) -> None:
+        groups = base.kind.groups
+        self.require_at(groups == 1, base, "a convolution must have one group", groups, "leave the site out")
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         out, in_ = base.shape
@@ -94,11 +103,16 @@ class DEFT(Method):
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         q, t = self.pair(leaves["P"])
-        y = base(x).to(q.dtype)
-        low = -((y if base.bias is None else y - base.bias.to(q.dtype)) @ t)
+        y, b = base(x).to(q.dtype), None if base.bias is None else base.bias.to(q.dtype)
+        low = base.over_out(y, lambda h: -((h if b is None else h - b) @ t))
         if "R" in leaves:
-            low = low + leaves["scaling"] * base.map(context.dropout(x, self.deft_dropout), leaves["R"])
-        return y + low @ q.mT
+            low = low + leaves["scaling"] * self._injected(leaves["R"], base, x, context)
+        return y + base.over_out(low, lambda h: h @ q.mT)
+
+    def _injected(self, r: Tensor, base: Base, x: Tensor, context: Context) -> Tensor:
+        if base.takes_ids:
+            return context.dropout(base.map(x, r), self.deft_dropout)
+        return base.map(context.dropout(x, self.deft_dropout), r)
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         q, t = self.pair(leaves["P"])

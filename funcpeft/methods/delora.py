@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcpeft import rng
-from funcpeft.context import Context
-from funcpeft.method import Additive, FrozenDict, Method, by_pattern
+from funcpeft.families import Factored
+from funcpeft.method import FrozenDict, Method, by_pattern
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base
 
@@ -30,7 +29,7 @@ _SMALLEST = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeLoRA(Additive):
+class DeLoRA(Factored):
     """Low-rank adaptation of bounded norm.
 
     Args:
@@ -52,10 +51,11 @@ class DeLoRA(Additive):
     bias: str = "none"
 
     peft_type: ClassVar[str] = "DELORA"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding"})
     keys: ClassVar[dict[str, str]] = {"A": "delora_A", "B": "delora_B", "lambda": "delora_lambda", "w": "delora_w_norm"}
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "lambda", "w", "rank")
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
-    weight_free: ClassVar[bool] = True
+    dropout_field: ClassVar[str] = "module_dropout"
     bias_only: ClassVar[str] = "delora_only"
     size: ClassVar[str] = "r * (in_ + out) + 1"
 
@@ -79,12 +79,8 @@ class DeLoRA(Additive):
         consts = {"w": base.weight.norm(dim=0), "rank": torch.tensor(r)}
         return {"A": a, "B": b, "lambda": torch.tensor([strength])}, consts
 
-    def delta(self, leaves: Leaves, base: Base) -> Tensor:
-        return (leaves["B"] * _scales(leaves)) @ (leaves["A"] * leaves["w"])
-
-    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        low = base.map(context.dropout(x, self.module_dropout), leaves["A"] * leaves["w"])
-        return base(x) + F.linear(low * _scales(leaves), leaves["B"])
+    def pair(self, leaves: Leaves, base: Base) -> tuple[Tensor, Tensor]:
+        return leaves["A"] * leaves["w"], leaves["B"] * _scales(leaves)
 
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
         """Derives ranks from the leaves; lambdas are trained, so the pattern is of their start alone."""

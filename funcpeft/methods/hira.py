@@ -3,8 +3,12 @@ r"""HiRA: Hadamard high-rank adaptation, a low-rank change relative to the weigh
 .. math:: W' = W \odot (1 + B A)
 
 A (r, in), B (out, r); the product is of entries, so the update can have full rank. Input by input it is a sum of r calls of the
-base, x (W o B A)^T = sum_k B_k o ((x o A_k) W^T), made as one call on r scaled copies of x; the dense weight is needed only
-where a kernel covers several positions.
+base, x (W o B A)^T = sum_k B_k o ((x o A_k) W^T), made as one call on r scaled copies of x: no weight is made dense for it.
+Where the weight is a plain tensor anyway, and copies are many, x meets W o B A instead, which takes r times fewer products;
+so it does where a kernel covers several positions. An embedding needs the rows that it looks up alone.
+
+Differences from peft 0.21: there ``rank_pattern`` is ignored, and on an embedding that scales what it looks up the update is
+not scaled with it.
 
 References:
     Huang et al., HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models, 2025,
@@ -15,8 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +32,8 @@ from funcpeft.tree import Leaves
 from funcpeft.weights import Base
 
 _INITS = (True, False, "gaussian")
+#: Rows up to which a product takes as long as reading the weight does.
+_FEW = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +101,8 @@ class HiRA(Method):
         a, b = leaves["A"], leaves["B"]
         if base.takes_ids:
             return base(x) * (1 + base.map(x, a) @ b.mT)
-        dropped = context.dropout(x, self.hira_dropout)
-        if base.kind.name == "conv":
+        dropped, copies = context.dropout(x, self.hira_dropout), a.shape[0] * (x.numel() // x.shape[-1])
+        if base.kind.name == "conv" or (base.stored is not None and copies > _FEW):
             return base(x) + base.map(dropped, base.weight * (b @ a))
         met = base(dropped[None] * a.view(a.shape[0], *(1,) * (x.ndim - 1), -1).to(dropped.dtype)).to(b.dtype)
         met = met if base.bias is None else met - base.bias.to(b.dtype)
@@ -121,6 +127,13 @@ class HiRA(Method):
 
     def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
         return {name: t.flatten(1) for name, t in super().from_peft(base, tensors).items()}
+
+    def as_written(self, shapes: Mapping[str, torch.Size]) -> Self:
+        """Takes ranks from the tensors: peft lists ``rank_pattern`` in its files, and ignores it."""
+        ranks = {k.rpartition(".")[0]: s[0] for k, s in shapes.items() if k.endswith((".hira_A", ".hira_embedding_A"))}
+        if all(by_pattern(self.rank_pattern, path, self.r) == r for path, r in ranks.items()):
+            return self
+        return replace(self, rank_pattern=ranks)
 
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
         """Derives ranks from the leaves."""

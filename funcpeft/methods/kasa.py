@@ -3,8 +3,9 @@ r"""KaSA: knowledge-aware singular-value adaptation.
 .. math:: W' = W - U_r S_r V_r^\top + s \, B \, \mathrm{diag}(d) \, A
 
 A (r, in), B (out, r), d (r,): trained; U_r S_r V_r^T: the r smallest singular triplets of W, which the method takes away as
-noise, so a fresh adapter changes the model a little. They are frozen leaves here, "tail" factors, and the base stays as it
-is. On a base from which they were taken already, as peft leaves it, they are zero up to rounding.
+noise, so a fresh adapter changes the model a little. They are frozen leaves here, U (out, r) times S and V (r, in), and the
+base stays as it is: ``unmerge`` brings W back. They are found again where a file is read; in a base from which they were
+taken already, as peft leaves it, they are zero up to rounding. Dropout acts on the input of A alone.
 
 ``penalty`` is the regulariser beta * |d|^2 + gamma * (|B^T B - I| + |A A^T - I|), summed over sites.
 
@@ -40,15 +41,19 @@ class KaSA(LoRA):
     Args:
         kasa_config: Weights of the regulariser: ``beta`` (1e-4) of d, ``gamma`` (1e-3) of the factors.
 
-    Other fields are those of ``LoRA``, whose ``init_lora_weights`` must be one that does not start from the weight.
+    Other fields are those of ``LoRA``, whose ``init_lora_weights`` must be one of draws.
     """
 
     kasa_config: Mapping[str, Any] | None = None
 
     peft_switch: ClassVar[str] = "kasa_config"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
-    keys: ClassVar[dict[str, Any]] = {**LoRA.keys, "d": "lora_diag"}
-    leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "d", "U", "V", "scaling", "rank")
+    kinds: ClassVar[frozenset[str]] = LoRA.kinds - {"raw"}
+    keys: ClassVar[dict[str, Any]] = {
+        **LoRA.keys,
+        "d": "lora_diag",
+        "embedding": {**LoRA.keys["embedding"], "d": "lora_diag"},
+    }
+    leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "d", "U", "V", "bias", "scaling", "rank")
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "d": -1, "U": -1, "V": -2}
     additive: ClassVar[bool] = False  # what is taken away is of the weight, so a second one is of another weight
     identity_at_init: ClassVar[bool] = False
@@ -65,7 +70,6 @@ class KaSA(LoRA):
         object.__setattr__(self, "kasa_config", FrozenDict(settled))
         drawn = isinstance(self.init_lora_weights, bool) or self.init_lora_weights in ("gaussian", "orthogonal")
         self.require(drawn, "init_lora_weights", "True, False, 'gaussian' or 'orthogonal'", self.init_lora_weights)
-        self.require(not self.lora_bias, "lora_bias", "False", self.lora_bias)
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
@@ -79,7 +83,7 @@ class KaSA(LoRA):
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         params, consts = super().init_site(base, gen)
         r = self.rank(base.path)
-        u, s, vh = torch.linalg.svd(base.weight.float(), full_matrices=False)
+        u, s, vh = torch.linalg.svd(base.weight, full_matrices=False)
         tail = {"U": u[:, -r:] * s[-r:], "V": vh[-r:].contiguous()}
         return {**params, "d": rng.randn((r,), gen)}, {**consts, **tail}
 
@@ -87,23 +91,19 @@ class KaSA(LoRA):
         return leaves["scaling"] * ((leaves["B"] * leaves["d"]) @ leaves["A"]) - leaves["U"] @ leaves["V"]
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        low = leaves["d"] * base.map(context.dropout(x, self.lora_dropout), leaves["A"])
-        tail = F.linear(base.map(x, leaves["V"]), leaves["U"])
-        return base(x) + leaves["scaling"] * F.linear(low, leaves["B"]) - tail
+        dropped = x if base.takes_ids else context.dropout(x, self.lora_dropout)
+        s, b, d, bias = leaves["scaling"], leaves["B"], leaves["d"], leaves.get("bias")
+        update = base.over_out(base.map(dropped, leaves["A"]), lambda h: F.linear(d * h, b, bias))
+        tail = base.over_out(base.map(x, leaves["V"]), lambda h: F.linear(h, leaves["U"]))
+        return base(x) + s * update - tail
 
     def penalty(self, adapter: Adapter, context: Context = EVAL) -> Tensor:
         assert self.kasa_config is not None
         total = torch.zeros(())
-        for v in adapter.params.values():
-            a, b = v["A"], v["B"]
-            grams = (b.mT @ b, a @ a.mT)
-            far = sum(_norm(g - torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)) for g in grams)
-            total = total + self.kasa_config["beta"] * v["d"].square().sum() + self.kasa_config["gamma"] * far
+        for path, v in adapter.params.items():
+            a, b, d = v["A"], v["B"], v["d"]
+            # in a stack the rank may be padded with zeros, which are no rows or columns to be orthonormal
+            one = torch.diag((torch.arange(d.shape[0], device=d.device) < adapter.consts[path]["rank"]).to(d.dtype))
+            far = torch.linalg.vector_norm(b.mT @ b - one) + torch.linalg.vector_norm(a @ a.mT - one)
+            total = total + self.kasa_config["beta"] * d.square().sum() + self.kasa_config["gamma"] * far
         return total
-
-
-def _norm(t: Tensor) -> Tensor:
-    """Returns the Frobenius norm, with derivative zero at zero."""
-    square = t.square().sum()
-    zero = square == 0
-    return torch.where(zero, 0, torch.where(zero, 1, square).sqrt())

@@ -3,14 +3,18 @@ r"""MonteCLoRA: LoRA whose first factor is drawn around its mean in training.
 .. math:: A_{\mathrm{eff}} = A + c \sum_e w_e \, (z_e L)^\top, \quad
    L L^\top = \mathrm{diag}(e^{2 \sigma} \odot \chi^2_r), \quad w = \mathrm{softmax}(\sqrt{T} z + \mu)
 
-A (r, in), B (out, r), sigma (r,), omega (n,): trained; z: standard normal; chi^2_r: the diagonal of a Wishart matrix of r
-degrees of freedom, at least 1e-3 after scaling; mu and T: the logistic-normal approximation of a Dirichlet of
-concentrations exp(omega); c: ``sample_scaler``; n: number of samples. Every draw is of the call's seed; in evaluation, and
-merged, it is plain LoRA.
+A (r, in), B (out, r), sigma (r,), omega (n,): trained; z_e (in, r), z (n,): standard normal; chi^2_r: r independent numbers,
+which is how the diagonal of a Wishart matrix with r degrees of freedom is distributed, the only part of it that counts;
+variances are 1e-3 at least. mu and T: the logistic-normal approximation of a Dirichlet with concentrations exp(omega);
+c: ``sample_scaler``; n: number of samples. In evaluation, and merged, it is plain LoRA.
 
-``penalty`` is the variational loss of a training call: the Kullback-Leibler divergences of the Dirichlet, the Wishart and
-the normal distribution from their priors, weighted, with the sum of squares of w if ``use_entropy``; the mean over sites, 0
-in evaluation.
+Every draw is of the call's seed and the site, so nothing is kept from call to call. Draws are laid out such that those of a
+member of a stack do not depend on the ranks of the others. peft keeps the last variances and w in its files; they are written
+as they are before a call, and mean nothing when read.
+
+``penalty`` of the context of a training call is that call's variational loss: the Kullback-Leibler divergences of the
+Dirichlet, the Wishart and the normal distribution from their priors times ``kl_loss_weight``, and the sum of squares of w if
+``use_entropy``, as it was where each site was met first; the mean over sites, 0 in evaluation.
 
 References:
     Sengupta et al., Robust and Efficient Fine-tuning of LLMs with Bayesian Reparameterization of Low-Rank Adaptation, 2024,
@@ -26,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcpeft import errors, rng
+from funcpeft import errors, lorainits, rng
 from funcpeft.context import EVAL, Context
 from funcpeft.method import FrozenDict, Method
 from funcpeft.methods.lora import LoRA
@@ -42,6 +46,20 @@ _DEFAULTS: dict[str, Any] = {
     "buffer_size": 150,
 }
 
+_KEYS = {
+    "sigma": "lora_monteclora_sampler.std_prior",
+    "omega": "lora_monteclora_sampler.expert_weights_prior",
+    "variance": "lora_monteclora_sampler.gaussian_var_prior",
+    "w": "lora_monteclora_sampler.expert_weights",
+}
+
+
+def square(flat: Tensor, size: int) -> Tensor:
+    """Returns the first size^2 of some numbers as a matrix, whose leading parts are those of smaller sizes."""
+    i = torch.arange(size, device=flat.device)
+    row, column = i[:, None], i[None]
+    return flat[torch.where(row >= column, row * row + row + column, column * column + row)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MonteCLoRA(LoRA):
@@ -52,25 +70,20 @@ class MonteCLoRA(LoRA):
             prior; ``sample_scaler`` (1e-4): c; ``kl_loss_weight`` (1e-5); ``buffer_size`` (150): how many draws peft makes
             ahead, without a meaning here.
 
-    Other fields are those of ``LoRA``.
+    Other fields are those of ``LoRA``, whose ``init_lora_weights`` must be one that keeps the rank and is found again from a
+    file and the base.
     """
 
     monteclora_config: Mapping[str, Any] | None = None
 
     peft_switch: ClassVar[str] = "monteclora_config"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed"})
-    keys: ClassVar[dict[str, Any]] = {
-        **LoRA.keys,
-        "sigma": "lora_monteclora_sampler.std_prior",
-        "omega": "lora_monteclora_sampler.expert_weights_prior",
-        "covariance": "lora_monteclora_sampler.gaussian_var_prior",
-        "weights": "lora_monteclora_sampler.expert_weights",
-    }
+    kinds: ClassVar[frozenset[str]] = LoRA.kinds - {"raw"}
+    keys: ClassVar[dict[str, Any]] = {**LoRA.keys, **_KEYS, "embedding": {**LoRA.keys["embedding"], **_KEYS}}
     leaf_names: ClassVar[tuple[str, ...]] = (
-        *("A", "B", "A0", "B0", "bias", "sigma", "omega", "covariance", "weights", "scaling", "rank"),
+        *("A", "B", "A0", "B0", "bias", "sigma", "omega", "variance", "w", "scaling", "rank"),
     )
-    rank_axes: ClassVar[dict[str, int]] = {}  # what a draw is depends on the rank
-    size: ClassVar[str] = ""
+    rank_axes: ClassVar[dict[str, int]] = {**LoRA.rank_axes, "sigma": -1, "variance": -1}
+    size: ClassVar[str] = ""  # the number of samples is an entry of a field
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,10 +93,16 @@ class MonteCLoRA(LoRA):
         settled = {**_DEFAULTS, **given}
         for name in ("num_samples", "buffer_size"):
             v = settled[name]
-            self.require(isinstance(v, int) and v > 0, f"{name} of monteclora_config", "a positive integer", v)
-        prior = settled["dirichlet_prior"]
-        self.require(prior > 0, "dirichlet_prior of monteclora_config", "positive", prior)
+            self.require(type(v) is int and v > 0, f"{name} of monteclora_config", "a positive integer", v)
+        for name in ("dirichlet_prior", "sample_scaler", "kl_loss_weight"):
+            v, least = settled[name], "positive" if name == "dirichlet_prior" else "non-negative"
+            number = isinstance(v, int | float) and (v > 0 if least == "positive" else v >= 0)
+            self.require(number, f"{name} of monteclora_config", f"a {least} number", v)
         object.__setattr__(self, "monteclora_config", FrozenDict(settled))
+        row = lorainits.row_of(self.init_lora_weights)
+        fits = row.rebuilt and row.entry != "components"
+        rule = "one that keeps the rank and that a file and the base tell again"
+        self.require(fits, "init_lora_weights", rule, self.init_lora_weights, "use True")
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:
@@ -103,7 +122,7 @@ class MonteCLoRA(LoRA):
             params |= made.params
             consts |= made.consts
             self._skip(base, seed.generator)
-        return Adapter(params, consts)
+        return Adapter(params, consts, tuple(sorted(self.rank_axes.items())))
 
     def _skip(self, base: Base, gen: torch.Generator) -> None:
         r, count, ahead = self.rank(base.path), self.option("num_samples"), self.option("buffer_size")
@@ -118,47 +137,77 @@ class MonteCLoRA(LoRA):
         params, consts = super().init_site(base, gen)
         r, n = self.rank(base.path), self.option("num_samples")
         drawn = {"sigma": torch.rand(r, generator=gen), "omega": torch.rand(n, generator=gen)}
-        return {**params, **drawn}, {**consts, "covariance": torch.eye(r), "weights": torch.ones(n) / n}
+        return {**params, **drawn}, {**consts, "variance": torch.ones(r), "w": torch.ones(n) / n}
 
-    def _drawn(self, leaves: Leaves, context: Context) -> tuple[Tensor, Tensor]:
-        """Draws the variances ``(r,)`` of the normal distribution and the weights w ``(n,)``."""
-        sigma, omega, n = leaves["sigma"], leaves["omega"], self.option("num_samples")
-        r = sigma.shape[0]
-        chi = context.gaussian(sigma.new_empty(r, r), slot=1).square().sum(0)
-        variance = ((2 * sigma).exp() * chi).clamp(min=1e-3)
-        alpha = omega.exp().clamp(min=1e-6)
-        mu = alpha.log() - alpha.log().mean()
+    def perturbed(self, leaves: Leaves, variance: Tensor, w: Tensor, z: Tensor) -> Tensor:
+        """Returns A with its noise, of variances ``(r,)``, weights ``(n,)`` and standard normal numbers ``(r, n, in)``."""
+        noise = torch.einsum("n,rni->ri", w, z) * variance.sqrt()[:, None]
+        return leaves["A"] + self.option("sample_scaler") * torch.where(_kept(leaves)[:, None], noise, 0)
+
+    def variance(self, leaves: Leaves, z: Tensor) -> Tensor:
+        """Returns the variances ``(r,)`` of standard normal numbers ``(r, r)``; 1 where the rank is padded."""
+        kept = _kept(leaves)
+        chi = torch.where(kept, z.square(), 0).sum(-1)
+        return torch.where(kept, ((2 * leaves["sigma"]).exp() * chi).clamp(min=1e-3), 1)
+
+    def weights(self, leaves: Leaves, z: Tensor) -> Tensor:
+        """Returns w ``(n,)`` of standard normal numbers ``(n,)``."""
+        n, alpha = z.shape[0], leaves["omega"].exp().clamp(min=1e-6)
         spread = ((1 - 2 / n) / alpha + (1 / alpha).sum() / n**2).clamp(min=1e-6) + 1e-6
-        return variance, torch.softmax(spread.sqrt() * context.gaussian(omega, slot=2) + mu, -1)
+        return torch.softmax(spread.sqrt() * z + alpha.log() - alpha.log().mean(), -1)
+
+    def drawn(self, leaves: Leaves, context: Context) -> tuple[Tensor, Tensor]:
+        """Draws variances and w at a site; its context tells sites and meetings apart."""
+        sigma, omega = leaves["sigma"], leaves["omega"]
+        r = sigma.shape[0]
+        chi = square(context.gaussian(sigma.new_empty(r * r), slot=1), r)
+        return self.variance(leaves, chi), self.weights(leaves, context.gaussian(omega, slot=2))
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        if not context.training:
-            return super().apply(leaves, base, x, context)
-        a = leaves["A"]
-        variance, w = self._drawn(leaves, context)
-        z = context.gaussian(a.new_empty(w.shape[0], *a.shape), slot=3)
-        noise = torch.einsum("e,eri->ri", w, z) * variance.sqrt()[:, None]
-        return super().apply({**leaves, "A": a + self.option("sample_scaler") * noise}, base, x, context)
+        if context.training:
+            a = leaves["A"]
+            variance, w = self.drawn(leaves, context)
+            z = context.gaussian(a.new_empty(a.shape[0], w.shape[0], a.shape[1]), slot=3)
+            leaves = {**leaves, "A": self.perturbed(leaves, variance, w, z)}
+        return super().apply(leaves, base, x, context)
 
     def penalty(self, adapter: Adapter, context: Context = EVAL) -> Tensor:
         if not context.training:
             return torch.zeros(())
-        found = []
-        for path, leaves in adapter.params.items():
-            variance, w = self._drawn(leaves, context.at(salt_of(path), 0))
-            divergence = self._dirichlet(leaves["omega"]) + self._wishart(leaves["sigma"]) + self._normal(variance)
+        found: list[Tensor] = []
+        for path in adapter.params:
+            leaves = adapter.leaves(path)
+            variance, w = self.drawn(leaves, context.at(salt_of(path), 0))
+            divergence = self.of_dirichlet(leaves) + self.of_wishart(leaves) + self.of_normal(variance)
             entropy = w.square().sum() if self.option("use_entropy") else 0
             found.append(self.option("kl_loss_weight") * divergence + entropy)
         return torch.stack(found).mean()
 
-    def _dirichlet(self, omega: Tensor) -> Tensor:
-        alpha, prior = omega.exp(), torch.full_like(omega, self.option("dirichlet_prior"))
+    def of_dirichlet(self, leaves: Leaves) -> Tensor:
+        """Computes the divergence of the Dirichlet distribution from its prior."""
+        alpha = leaves["omega"].exp()
+        prior = torch.full_like(alpha, self.option("dirichlet_prior"))
         constants = alpha.sum().lgamma() - alpha.lgamma().sum() - prior.sum().lgamma() + prior.lgamma().sum()
         return constants + ((alpha - prior) * (alpha.digamma() - alpha.sum().digamma())).sum()
 
-    def _wishart(self, sigma: Tensor) -> Tensor:
-        r = sigma.shape[0]
-        return 0.5 * r * ((2 * sigma).exp().sum() - (2 * sigma).sum() - r)
+    def of_wishart(self, leaves: Leaves) -> Tensor:
+        """Computes the divergence of the Wishart distribution of scale diag(exp(2 sigma)) from that of scale 1."""
+        twice = 2 * leaves["sigma"]
+        return 0.5 * leaves["rank"] * torch.where(_kept(leaves), twice.exp() - twice - 1, 0).sum()
 
-    def _normal(self, variance: Tensor) -> Tensor:
-        return 0.5 * self.option("num_samples") * (variance.sum() - variance.log().sum() - variance.shape[0])
+    def of_normal(self, variance: Tensor) -> Tensor:
+        """Computes the divergence of the normal distribution of some variances from the standard one, of all samples."""
+        return 0.5 * self.option("num_samples") * (variance - variance.log() - 1).sum()
+
+    def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
+        return super().to_peft(base, {**leaves, "variance": torch.diag(leaves["variance"])})
+
+    def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
+        leaves = super().from_peft(base, tensors)
+        return {**leaves, "variance": leaves["variance"].diagonal().clone()}
+
+
+def _kept(leaves: Leaves) -> Tensor:
+    """Returns which entries along the rank are no padding: ``(r,)``."""
+    sigma = leaves["sigma"]
+    return torch.arange(sigma.shape[0], device=sigma.device) < leaves["rank"]

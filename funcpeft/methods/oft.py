@@ -76,7 +76,7 @@ class OFT(Method):
     nearest_divisor: bool = False
 
     peft_type: ClassVar[str] = "OFT"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding"})
     keys: ClassVar[dict[str, Any]] = {"Q": "oft_R.weight", "embedding": {"Q": "oft_embedding_R.weight"}}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
     #: What peft's config means without saying so: fields to set when one is read.
@@ -84,6 +84,8 @@ class OFT(Method):
     leaf_names: ClassVar[tuple[str, ...]] = ("Q",)
     weight_free: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "embedding"})
     bias_only: ClassVar[str] = "oft_only"
+    #: Of blocks by size that are not shared.
+    size: ClassVar[str] = "in_ * (oft_block_size - 1) // 2"
 
     def __post_init__(self) -> None:
         super().__post_init__()

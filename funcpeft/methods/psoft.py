@@ -70,6 +70,7 @@ class PSOFT(Factored):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "PSOFT"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding"})
     keys: ClassVar[dict[str, str]] = {"Q": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False}
     leaf_names: ClassVar[tuple[str, ...]] = ("Q", "b", "a", "A", "B", "scaling")

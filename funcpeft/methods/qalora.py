@@ -4,7 +4,9 @@ r"""QA-LoRA: quantization-aware low-rank adaptation, whose update is constant al
    W' = W + s \, B A', \quad A'_{:, j} = A_{:, \lfloor j / g \rfloor} \, n / g
 
 A (r, n), B (out, r): trained; g: group size; n = in / g groups, whose mean input, times n, A meets. The update shifts all
-weights of a group alike, so on a base that is quantized in the same groups it fits into the zero points.
+weights of a group alike. So on a base of integers that is stored in these groups, or in parts of them, it fits into the zero
+points, z' = z - update / scale: ``into_zeros`` returns such a weight, in which every code stays and nothing is rounded away.
+``merge`` gives the dense weight, as for any other base.
 
 References:
     Xu et al., QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models, 2023, arXiv 2309.14717, section 3.3.
@@ -12,16 +14,18 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcpeft import rng
+from funcpeft import errors, rng
 from funcpeft.context import Context
 from funcpeft.method import Method
 from funcpeft.methods.lora import LoRA
+from funcpeft.storage import Quantized
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base
 
@@ -33,8 +37,9 @@ class QALoRA(LoRA):
     Args:
         qalora_group_size: Number g of consecutive inputs in a group; must divide in.
 
-    Other fields are those of ``LoRA``; ``init_lora_weights`` must be ``True``, ``lora_bias`` ``False``. peft applies the
-    method on GPTQ layers only, and silently makes plain LoRA of it elsewhere; here it is the same on every base.
+    Other fields are those of ``LoRA``; ``lora_bias`` must be ``False``, and ``init_lora_weights`` ``True``, ``False`` or
+    ``"gaussian"``, with which B starts; A is uniform. peft applies the method to GPTQ layers only, and silently makes plain
+    LoRA of it elsewhere; here it is the same on every base.
     """
 
     qalora_group_size: int = 16
@@ -45,13 +50,13 @@ class QALoRA(LoRA):
         "use_qalora": True,
     }
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "scaling", "rank")
-    rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1}
     size: ClassVar[str] = "r * (in_ // qalora_group_size + out)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("qalora_group_size")
-        self.require(self.init_lora_weights is True, "init_lora_weights", "True", self.init_lora_weights)
+        drawn = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"
+        self.require(drawn, "init_lora_weights", "True, False or 'gaussian'", self.init_lora_weights)
         self.require(not self.lora_bias, "lora_bias", "False", self.lora_bias)
 
     @classmethod
@@ -76,3 +81,30 @@ class QALoRA(LoRA):
         dropped = context.dropout(x, self.lora_dropout).to(a.dtype)
         pooled = dropped.unflatten(-1, (a.shape[-1], self.qalora_group_size)).mean(-1) * a.shape[-1]
         return base(x) + leaves["scaling"] * F.linear(F.linear(pooled, a), leaves["B"])
+
+    def into_zeros(self, leaves: Leaves, base: Base) -> Quantized:
+        """Returns the stored weight of a layer with the update in its zero points; codes and scales are those of the base.
+
+        Args:
+            leaves: The leaves at the site.
+            base: The layer, whose weight is an ``AffineInt`` with blocks of consecutive inputs.
+
+        Raises:
+            TypeError: If the weight is not stored so.
+            ValueError: If a block holds inputs of several groups, or a scale is zero.
+        """
+        stored, g = base.quantized, self.qalora_group_size
+        rule, remedy = "zeros of blocks of consecutive inputs are required", "use AffineInt with an int block_size"
+        unfit = TypeError(errors.say(f"{self.label} at {base.path!r}", rule, getattr(stored, "format", None), remedy))
+        if stored is None or base.kind.name != "linear" or stored.format.label != "affineint" or "g_idx" in stored.data:
+            raise unfit
+        scale, zero = stored.format.grid(stored)
+        if scale.numel() != stored.data["scale"].numel():  # blocks of several rows
+            raise unfit
+        size = stored.format.block_size
+        size = base.shape[-1] if scale.shape[-1] == 1 else size[-1] if isinstance(size, tuple) else size
+        self.require_at(g % size == 0, base, f"a block of {size} inputs must divide qalora_group_size", g)
+        self.require_at(bool((scale != 0).all()), base, "scales must not be zero to hold an update", "0", "use net.merge")
+        update = self.delta(leaves, base).to(torch.float32)[:, ::size]
+        data = {name: t for name, t in stored.data.items() if name != "shift"}
+        return replace(stored, data={**data, "zero_point": (zero - update / scale).reshape(data["scale"].shape)})

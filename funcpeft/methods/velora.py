@@ -7,8 +7,17 @@ The forward is LoRA's. In training, inputs are cut into G groups of d = ceil(in 
 along a unit direction e (d,) is kept; the gradient of A is that of the reconstruction, scaled by c. All other gradients are
 exact.
 
-e is frozen: random; or (``"batch_average"``) the direction of the mean group of the very batch, found anew in every
-training call and so no state; or (``"batch_average_once"``) that of one batch, which ``averaged`` puts into an adapter.
+The coordinates are what is kept for the backward pass. With A_g (r, d) the columns of group g, and a bar over what is a
+constant to differentiation, a training call computes
+
+.. math:: A x = \bar A x + h - \bar h, \quad h = c \sum_g \overline{\langle x_g, e \rangle} \, A_g e
+
+which has the value of A x bit for bit and these derivatives, in forward mode too.
+
+e is frozen: random (``"random"``); the direction of the mean group of the very batch, found anew in every training call and
+so no state (``"batch_average"``); or that of one batch, which ``averaged`` puts into an adapter (``"batch_average_once"``).
+Until then it is zero, as in a file that peft wrote before it trained, and every batch has its own. peft 0.21 finds it again
+after it has read a file; here the file's stays.
 
 References:
     Miles et al., VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections, 2024, arXiv 2405.17991, eq. (2) to (4).
@@ -48,28 +57,6 @@ def unit(direction: Tensor) -> Tensor:
     return torch.where(square > 0, direction / torch.where(square > 0, square, 1).sqrt(), ones)
 
 
-class _Compressed(torch.autograd.Function):
-    """``x @ a.T`` that keeps of ``x`` its coordinates along a direction."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, a: Tensor, e: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
-        return F.linear(x, a), grouped(x, groups) @ e
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, a, e, _, ctx.scale = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1], a, e)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-        coordinates, a, e = ctx.saved_tensors
-        seen = (coordinates[..., None] * e).flatten(-2)[..., : a.shape[-1]] * ctx.scale
-        return grad @ a, grad.flatten(0, -2).mT @ seen.flatten(0, -2), None, None, None
-
-
 @dataclass(frozen=True, kw_only=True)
 class VeLoRA(LoRA):
     """Low-rank adaptation with compressed activations.
@@ -96,8 +83,8 @@ class VeLoRA(LoRA):
             raise ValueError(errors.one_of(self.label, "an entry of velora_config", name, _DEFAULTS))
         settled = {**_DEFAULTS, **given}
         n, scale = settled["num_groups"], settled["scale"]
-        self.require(isinstance(n, int) and n > 0, "num_groups of velora_config", "a positive integer", n)
-        self.require(scale > 0, "scale of velora_config", "positive", scale)
+        self.require(type(n) is int and n > 0, "num_groups of velora_config", "a positive integer", n)
+        self.require(isinstance(scale, int | float) and scale > 0, "scale of velora_config", "positive", scale)
         if settled["init_type"] not in _STARTS:
             raise ValueError(errors.one_of(self.label, "init_type of velora_config", settled["init_type"], _STARTS))
         object.__setattr__(self, "velora_config", FrozenDict(settled))
@@ -118,22 +105,41 @@ class VeLoRA(LoRA):
         return params, {**consts, "e": unit(rng.randn((d,), gen)) if drawn else torch.zeros(d)}
 
     def averaged(self, adapter: Adapter, means: Mapping[str, Tensor]) -> Adapter:
-        """Returns the adapter with the directions of mean inputs ``(in,)`` by site, for ``"batch_average_once"``."""
-        made = {p: unit(grouped(m, self.option("num_groups")).mean(0)) for p, m in means.items()}
-        return adapter.replace(
-            consts={p: {**v, "e": made[p].to(v["e"])} if p in made else v for p, v in adapter.consts.items()}
-        )
+        """Returns the adapter with the directions of the layers' mean inputs, for ``"batch_average_once"``.
+
+        Args:
+            adapter: One adapter.
+            means: By site path, the mean over all tokens of a batch of what the layer gets, ``(in,)``.
+        """
+        consts = {path: dict(leaves) for path, leaves in adapter.consts.items()}
+        for path, mean in means.items():
+            if path not in consts:
+                hint = errors.nearest(path, consts)
+                raise errors.NameMissingError(errors.say(f"{self.label}: averaged", "paths must be of sites", repr(path), hint))
+            consts[path]["e"] = unit(grouped(mean, self.option("num_groups")).mean(0)).to(consts[path]["e"])
+        return adapter.replace(consts=consts)
+
+    def direction(self, e: Tensor, x: Tensor) -> Tensor:
+        """Returns the direction for a batch of inputs ``(..., in)``, given the one that is kept."""
+        if self.option("init_type") == "random":
+            return e
+        own = unit(grouped(x, self.option("num_groups")).flatten(0, -2).mean(0))
+        return own if self.option("init_type") == "batch_average" else torch.where((e == 0).all(), own, e)
+
+    def compressed(self, leaves: Leaves, x: Tensor) -> Tensor:
+        """Computes ``x`` times the update, compressed for the backward pass."""
+        a, groups = leaves["A"], self.option("num_groups")
+        x = x.to(a.dtype)
+        fixed = x.detach()
+        e = self.direction(leaves["e"], fixed)
+        h = self.option("scale") * F.linear(grouped(fixed, groups) @ e, grouped(a, groups) @ e)
+        low = F.linear(x, a.detach()) + (h - h.detach())
+        y = F.linear(low, leaves["B"], leaves.get("bias"))
+        if "A0" in leaves:
+            y = y - F.linear(F.linear(x, leaves["A0"]), leaves["B0"])
+        return leaves["scaling"] * y
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         if not context.training:
             return super().apply(leaves, base, x, context)
-        a = leaves["A"]
-        dropped = context.dropout(x, self.lora_dropout).to(a.dtype)
-        e, groups = leaves["e"], self.option("num_groups")
-        if self.option("init_type") == "batch_average":
-            e = unit(grouped(dropped.detach(), groups).flatten(0, -2).mean(0))
-        low = _Compressed.apply(dropped, a, e, groups, self.option("scale"))[0]
-        y = F.linear(low, leaves["B"], leaves.get("bias"))
-        if "A0" in leaves:
-            y = y - F.linear(F.linear(dropped, leaves["A0"]), leaves["B0"])
-        return base(x) + leaves["scaling"] * y
+        return base(x) + self.compressed(leaves, context.dropout(x, self.lora_dropout))

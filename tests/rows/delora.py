@@ -10,6 +10,6 @@ def delora(model, **kwargs):
 ROWS = [
     delora("mlp"),
     delora("mlp3d", bias="delora_only"),
-    delora("mlp", init_weights=False),
+    delora("mlp", init_weights=False, bias="all"),
     delora("mlp", rank_pattern={"lin1": 2}, lambda_pattern={"lin2": 5}),
 ]

@@ -1,4 +1,4 @@
-"""Parity rows of HiRA; peft ignores `rank_pattern` when it makes a layer, so there is none."""
+"""Parity rows of HiRA; peft ignores `rank_pattern` when it makes a layer: see test_differences_rotations.py."""
 
 from rows.row import CONVS, GPT, LINEARS, Row
 
@@ -17,4 +17,6 @@ ROWS = [
     hira("conv3d", ["conv0"]),
     hira("conv1x1", CONVS),
     hira("embedding", ["emb", "lin0"]),
+    hira("embedding", ["emb"], init_weights=False),
+    hira("mlp3d", r=30),  # so many copies of the input that it meets the product of the matrices
 ]

@@ -1,13 +1,21 @@
 """Parity rows of HRA."""
 
-from rows.row import LINEARS, Row
+from rows.row import CONVS, LINEARS, Row
+
+
+def hra(model, targets=LINEARS, init=True, **kwargs):
+    return Row("HRAConfig", model, {"target_modules": targets, **kwargs}, init=init)
+
 
 ROWS = [
-    Row("HRAConfig", "mlp", {"target_modules": LINEARS, "r": 4}),
-    Row("HRAConfig", "mlp3d", {"target_modules": LINEARS, "r": 2, "bias": "hra_only"}),
-    Row("HRAConfig", "mlp", {"target_modules": LINEARS, "r": 4, "init_weights": False}),
+    hra("mlp", r=4),
+    hra("mlp3d", r=2, bias="hra_only"),
+    hra("mlp", r=3, bias="all"),
+    hra("mlp", r=4, init_weights=False),
     # peft starts orthogonalised vectors from equal pairs, which is degenerate: here they start apart
-    Row("HRAConfig", "mlp", {"target_modules": LINEARS, "r": 4, "apply_GS": True}, init=False),
-    Row("HRAConfig", "mlp", {"target_modules": LINEARS, "r": 4, "apply_GS": True, "init_weights": False}),
-    Row("HRAConfig", "conv2d", {"target_modules": ["conv0", "conv1"], "r": 2}),
+    hra("mlp", r=4, apply_GS=True, init=False),
+    hra("mlp", r=4, apply_GS=True, init_weights=False),
+    hra("conv2d", CONVS, r=2),
+    hra("conv2d", CONVS, r=3, apply_GS=True, init_weights=False),
+    hra("conv1x1", CONVS, r=2, init_weights=False),
 ]
