@@ -304,7 +304,7 @@ TABLE: dict[bool | str, Init] = {
     "lora_ga": Init(lora_ga, _LINEAR, 2, "gradients", measured=True, rebuilt=False, kept=False),
 }
 
-#: The one need of each argument of ``net.init``, and what makes it, for messages.
+#: What each argument of ``net.init`` is, and how to pass it, for messages.
 _WANTED = {
     "weights": ("the dense weight that was quantized", "call net.init(quantized, seed, weights=dense params)"),
     "statistics": ("statistics of the inputs", "call net.init(params, seed, statistics=calibrate(...))"),

@@ -196,7 +196,8 @@ def _chosen(where: str, model: Any, method: Method | None, rule: Any) -> tuple[M
         pairs = [(e.method, e.sites) for e in model.entries if e.role == "method"]
         whole = model.model
     elif isinstance(model, Model):
-        own = LoRA(r=1, target_modules=rule, init_lora_weights="corda") if method is None else method
+        plain = LoRA(r=1, target_modules=rule, init_lora_weights="corda" if where == _CALIBRATE else "pissa")
+        own = plain if method is None else method
         pairs, whole = [(own, targets.sites_of(model, own))], model
     else:
         remedy = "call functionalize(module) first"
@@ -362,7 +363,9 @@ class _Analysis:
     def entries(self, device: torch.device) -> dict[str, Tensor]:
         """Returns directions, singular values and fractions of the variance."""
         names = {"components": "components_", "singular": "singular_values_", "explained": "explained_variance_ratio_"}
-        return {n: torch.nan_to_num(torch.tensor(getattr(self.pca, a), dtype=self.dtype, device=device)) for n, a in names.items()}
+        return {
+            n: torch.nan_to_num(torch.tensor(getattr(self.pca, a), dtype=self.dtype, device=device)) for n, a in names.items()
+        }
 
 
 def _components(

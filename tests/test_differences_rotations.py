@@ -271,7 +271,6 @@ def test_every_factor_turns(factors, size, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="size mismatch"):
         quietly(peft.PeftModel.from_pretrained, one(wide_linear, torch.float32), tmp_path / "one")
     params, net, adapter = loaded(wide_linear, tmp_path / "one", torch.float32)
-    narrow.base_model.model.site.fbd_cuda_available = False
     with torch.no_grad():
         torch.testing.assert_close(net(params, adapter, x), narrow(x), rtol=1e-5, atol=1e-5)
     assert net.methods[0].boft_n_butterfly_factor == 1
@@ -358,7 +357,7 @@ def linear():
 @differs(
     "PSOFT",
     "files do not hold the factors of the weight: where a library gives singular vectors other signs, a file is another model",
-    "factors are leaves, which `fp.save` keeps; a file of peft takes this machine's",
+    "factors are leaves, which `funcpeft.checkpoint` keeps; a file of peft takes this machine's",
 )
 def test_an_adapter_keeps_the_signs_of_its_factors(tmp_path, monkeypatch):
     x, config = drawn(3, 8).float(), peft.PsoftConfig(r=2, target_modules=["site"])

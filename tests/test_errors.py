@@ -610,6 +610,7 @@ ELSEWHERE = {
     "methods/bdlora.py": "test_methods_lora_variants.py",
     "methods/kasa.py": "test_methods_lora_variants.py",
     "methods/monteclora.py": "test_methods_lora_variants.py",
+    "methods/qalora.py": "test_methods_lora_variants.py",
     "methods/velora.py": "test_methods_lora_variants.py",
     "methods/prefixtuning.py": "test_prompts.py",
     "testing/laws.py": "test_laws_bite.py",

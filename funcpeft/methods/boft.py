@@ -8,6 +8,8 @@ s (out,): trained; H: block size; N: number of blocks; F: butterfly factors. P_f
 join features that are H 2^f / 2 apart. Inputs are turned factor by factor before they meet the base, so the weight is not
 made dense, unless a kernel covers several positions.
 
+Differences from peft 0.21: there F is 1 wherever its CUDA extension does not compile, and a convolution must be square.
+
 References:
     Liu et al., Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, 2023, arXiv 2311.06243, eq. (2) to (4).
 """

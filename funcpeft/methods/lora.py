@@ -141,8 +141,8 @@ class LoRA(Additive):
     def examples(cls) -> tuple[Method, ...]:
         return (
             cls(r=2, lora_alpha=3, lora_dropout=0.25),
-            cls(r=4, use_rslora=True, init_lora_weights="gaussian"),
-            cls(r=2, init_lora_weights="orthogonal"),
+            cls(r=4, use_rslora=True, init_lora_weights="eva", eva_config={"rho": 1.0}),
+            cls(r=1, init_lora_weights="mica"),
             cls(r=1, lora_alpha=3, init_lora_weights="pissa"),
             cls(r=2, lora_alpha=1, init_lora_weights="olora"),
             cls(r=3, lora_bias=True),

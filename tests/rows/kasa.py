@@ -14,4 +14,5 @@ ROWS = [
     kasa("mlp"),
     kasa("mlp3d", use_rslora=True, rank_pattern={"lin1": 1}),
     kasa("mlp", init_lora_weights=False, kasa_config=KasaConfig(beta=0.5, gamma=0.0)),
+    kasa("mlp", target_modules=["lin0", "lin2"], lora_bias=True, bias="lora_only"),
 ]

@@ -3,8 +3,8 @@
 from rows.row import CONVS, GPT, LINEARS, Row
 
 
-def lora(model, targets, **kwargs):
-    return Row("LoraConfig", model, {"target_modules": targets, "r": 4, "lora_alpha": 6, **kwargs})
+def lora(model, targets, dtype="float64", init=True, **kwargs):
+    return Row("LoraConfig", model, {"target_modules": targets, "r": 4, "lora_alpha": 6, **kwargs}, dtype=dtype, init=init)
 
 
 ROWS = [
@@ -13,6 +13,13 @@ ROWS = [
     lora("mlp", LINEARS, init_lora_weights=False),
     lora("mlp", LINEARS, init_lora_weights="gaussian"),
     lora("mlp", LINEARS, init_lora_weights="orthogonal"),
+    lora("mlp", LINEARS, init_lora_weights="pissa", dtype="float32"),  # peft takes no float64 here
+    lora("gpt", GPT, init_lora_weights="pissa", dtype="float32"),
+    lora("mlp", LINEARS, init_lora_weights="olora", dtype="float32"),
+    lora("mlp", LINEARS, init_lora_weights="mica", dtype="float32"),
+    lora("gpt", GPT, init_lora_weights="mica", dtype="float32"),
+    lora("embedding", ["emb", "lin0"], init_lora_weights="mica", dtype="float32"),
+    lora("mlp", LINEARS, init_lora_weights="eva", eva_config={"rho": 1.5}, init=False),  # from data
     lora("mlp", ["lin0", "lin2"], lora_bias=True),
     lora("mlp", "lin[02]"),
     lora("mlp", LINEARS, exclude_modules=["lin1"]),
