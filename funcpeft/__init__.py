@@ -80,6 +80,7 @@ from funcpeft.remat import remat
 from funcpeft.replication import replicate_layers
 from funcpeft.routing import apply_routed
 from funcpeft.stacking import select, stack, unstack
+from funcpeft.statistics import calibrate, weight_gradients
 from funcpeft.storage import Quantized
 from funcpeft.tree import Adapter
 from funcpeft.weights import Base
@@ -170,6 +171,7 @@ __all__ = [
     "adapt",
     "apply_many",
     "apply_routed",
+    "calibrate",
     "choose_format",
     "clipped_grads",
     "dequantize",
@@ -196,5 +198,6 @@ __all__ = [
     "train",
     "unstack",
     "value_and_grad",
+    "weight_gradients",
     "write_quantized",
 ]

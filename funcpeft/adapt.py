@@ -545,14 +545,15 @@ def _require_replicated(model: Model, method: Method) -> None:
         raise ValueError(errors.say(method.label, rule, thaw(found), remedy))
 
 
-def peft_init(net: Net, params: Params, seed: int) -> Any:
+def peft_init(net: Net, params: Params, seed: int, **needs: Any) -> Any:
     """Makes the adapter that peft makes after ``torch.manual_seed(seed)``, bit for bit where peft's recipe is known.
 
     Sites draw from one stream in module order, so the draws depend on which other sites there are; use ``net.init`` unless
-    parity is the point. On a half-precision base the values are rounded to the base's dtype, as peft's are.
+    parity is the point. ``needs`` is what init takes beyond the base. On a half-precision base the values are rounded to the
+    base's dtype, as peft's are.
     """
     shared = rng.stream(seed)
-    made = as_tuple(net._init(params, [shared] * len(net.entries), None, {}))
+    made = as_tuple(net._init(params, [shared] * len(net.entries), None, needs))
     rounded: list[Adapter] = []
     for entry, one in zip(net.entries, made, strict=True):
         dtypes = {path: site.dtype for path, site in entry.sites.items()}
