@@ -137,6 +137,8 @@ class Conv(Kind):
         return _CONV[self.dims](x, stored, bias, self.stride, padding, self.dilation, self.groups)
 
     def map(self, x: Tensor, matrix: Tensor, stored_shape: torch.Size) -> Tensor:
+        if not matrix.shape[0]:  # a rank of 0: torch has no convolution without output channels
+            return self.map(x, F.pad(matrix, (0, 0, 0, 1)), stored_shape).narrow(self.feature_axis(), 0, 0)
         return self.product(x, self.stored(matrix, stored_shape), None)
 
     def feature_axis(self) -> int:

@@ -17,6 +17,7 @@ from funcpeft.method import Method
 from funcpeft.methods import (
     IA3,
     OFT,
+    BDLoRA,
     DoRA,
     FourierFT,
     Full,
@@ -113,6 +114,8 @@ def test_counts_are_those_of_a_real_init(name):
     example = cls.examples()[0]
     fields = {"target_modules": ["embed"] if cls is TrainableTokens else ["up", "down"] if cls is not LNTuning else ["norm"]}
     patterns = {f.name: {} for f in dataclasses.fields(cls) if f.name.endswith("_pattern") and f.name != "layers_pattern"}
+    if cls is BDLoRA:
+        patterns["use_bdlora"] = {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["down"], "nblocks": 2}
     extra = {"feedforward_modules": None} if cls is IA3 else {"target_parameters": None} if cls is Full else {}
     method = dataclasses.replace(example, **fields, **patterns, **extra)
     model, params = functional(Tied() if cls is TrainableTokens else Mlp(64))

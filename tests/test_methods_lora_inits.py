@@ -20,7 +20,7 @@ from funcpeft.errors import CheckpointError
 from funcpeft.functional import functionalize
 from funcpeft.gradients import value_and_grad
 from funcpeft.interop.peft import load_peft, save_peft
-from funcpeft.methods import DoRA, LoRA
+from funcpeft.methods import DoRA, KaSA, LoRA, MonteCLoRA, VeLoRA
 from funcpeft.optim import adamw
 from funcpeft.population import apply_many
 from funcpeft.stacking import stack, unstack
@@ -131,6 +131,12 @@ def test_mica_trains_a_alone_on_the_least_singular_directions(cls, names, shapes
     near(back(x), again(params, read, x))
     merged, _ = net.merge(params, adapter)
     near(model(merged, x), again(params, read, x))
+
+
+@pytest.mark.parametrize("cls", [DoRA, KaSA, MonteCLoRA, VeLoRA])
+def test_mica_is_a_variant_and_goes_with_no_other(cls):
+    with pytest.raises(ValueError, match=f"{cls.__name__.lower()}: init_lora_weights must be .*, got 'mica'"):
+        cls(init_lora_weights="mica")
 
 
 def test_names_that_peft_takes_in_any_case_are_taken():

@@ -257,7 +257,7 @@ def _refused(cls: type[Method], config: Mapping[str, Any]) -> list[str]:
         for k, v in config.items()
         if k not in names and k not in cls.peft_fixed and v not in (None, False, [], {}, "", "none")
     ]
-    return sorted(wrong + unknown)
+    return sorted({*wrong, *unknown})
 
 
 def _without_absent_heads(model: Model, method: Method, config: Mapping[str, Any]) -> Method:

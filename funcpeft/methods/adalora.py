@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from funcpeft import rng
 from funcpeft.context import EVAL, Context
-from funcpeft.method import Additive, FrozenDict, Method
+from funcpeft.families import Factored
+from funcpeft.method import FrozenDict, Method
 from funcpeft.tree import Adapter, Leaves, Tree, tree_map
 from funcpeft.weights import Base
 
@@ -39,7 +39,7 @@ _E = ".lora_E"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Additive):
+class AdaLoRA(Factored):
     """Low-rank adaptation with ranks by importance.
 
     Args:
@@ -77,12 +77,12 @@ class AdaLoRA(Additive):
     bias: str = "none"
 
     peft_type: ClassVar[str] = "ADALORA"
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding"})
     keys: ClassVar[dict[str, str]] = {"A": "lora_A", "B": "lora_B", "E": "lora_E"}
     peft_fixed: ClassVar[dict[str, Any]] = {"fan_in_fan_out": False, "megatron_core": "megatron.core", "qalora_group_size": 16}
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "E", "scaling", "rank")
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "E": -2, "B": -1}
-    weight_free: ClassVar[bool] = True
+    dropout_field: ClassVar[str] = "lora_dropout"
     bias_only: ClassVar[str] = "lora_only"
     size: ClassVar[str] = "init_r * (in_ + out + 1)"
 
@@ -108,10 +108,6 @@ class AdaLoRA(Additive):
     def names_site(key: str, path: str) -> bool:
         return key.removesuffix(_E) == path
 
-    def check_site(self, base: Base) -> None:
-        groups = base.kind.groups
-        self.require_at(groups == 1, base, "a convolution must have one group", groups, "leave the site out")
-
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         r, (out, in_) = self.init_r, base.shape
         a, e, b = rng.randn((r, in_), gen), rng.randn((r, 1), gen), rng.randn((out, r), gen)
@@ -126,34 +122,37 @@ class AdaLoRA(Additive):
         consts = {"scaling": torch.tensor(alpha / (r + 1e-5), dtype=torch.float64), "rank": torch.tensor(len(a))}
         return {"A": a, "E": e, "B": b.contiguous()}, consts
 
-    def delta(self, leaves: Leaves, base: Base) -> Tensor:
-        return leaves["scaling"] * (leaves["B"] @ (leaves["A"] * leaves["E"]))
-
-    def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        low = base.map(context.dropout(x, self.lora_dropout), leaves["A"] * leaves["E"])
-        return base(x) + leaves["scaling"] * base.over_out(low, lambda h: F.linear(h, leaves["B"]))
+    def pair(self, leaves: Leaves, base: Base) -> tuple[Tensor, Tensor]:
+        return leaves["A"] * leaves["E"], leaves["scaling"] * leaves["B"]
 
     def penalty(self, adapter: Adapter, context: Context = EVAL) -> Tensor:
-        """Computes the orthogonality term of all factors, weighted."""
-        grams = [t @ t.mT if n == "A" else t.mT @ t for v in adapter.params.values() for n, t in v.items() if n != "E"]
-        norms = [_norm(g - torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)) for g in grams]
+        """Computes the orthogonality term of all factors, weighted; the zeros of padded ranks do not count."""
+        norms: list[Tensor] = []
+        for path, leaves in adapter.params.items():
+            for gram in (leaves["A"] @ leaves["A"].mT, leaves["B"].mT @ leaves["B"]):
+                there = torch.arange(gram.shape[-1], device=gram.device) < adapter.consts[path]["rank"]
+                norms.append(_norm(gram - torch.diag_embed(there.to(gram.dtype))))
         return self.orth_reg_weight * torch.stack(norms).mean()
 
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
-        pattern = self.rank_pattern
-        return {
-            **super().to_peft_config(leaves),
-            "rank_pattern": None if pattern is None else {k: list(v) for k, v in pattern.items()},
-        }
+        """Writes the pattern; a site whose rank is not the pattern's gets one of its first triplets, which reads as well."""
+        given, whole = self.rank_pattern or {}, (True,) * self.init_r
+        ranks = {p: len(v["E"]) for p, v in leaves.items() if "E" in v}
+        first = {p: tuple(i < r for i in range(self.init_r)) for p, r in ranks.items()}
+        pattern = {p: kept if sum(kept := given.get(p + _E, whole)) == ranks[p] else first[p] for p in ranks}
+        dropped = self.rank_pattern is not None or any(kept != whole for kept in pattern.values())
+        config = super().to_peft_config(leaves)
+        return {**config, "rank_pattern": {p + _E: list(kept) for p, kept in pattern.items()} if dropped else None}
 
     # -- the allocator -----------------------------------------------------------------------------------------------------
 
-    def budget(self, step: Tensor, sites: int) -> Tensor:
+    def budget(self, step: Tensor | int, sites: int) -> Tensor:
         """Returns how many triplets of so many sites remain after a step: cubic from ``init_r`` to ``target_r`` each."""
         assert self.total_step is not None
+        step = torch.as_tensor(step)
         first, last = self.init_r * sites, self.target_r * sites
-        left = 1 - (step - self.tinit) / (self.total_step - self.tfinal - self.tinit)
-        between = ((first - last) * left.double() ** 3 + last).floor()
+        left = 1 - (step - self.tinit).double() / (self.total_step - self.tfinal - self.tinit)
+        between = ((first - last) * left**3 + last).floor()
         late = torch.where(step > self.total_step - self.tfinal, last, between)
         return torch.where(step <= self.tinit, first, late).long()
 
@@ -161,7 +160,8 @@ class AdaLoRA(Additive):
         """Returns the state of an allocator that has seen no step."""
         zeros = tree_map(torch.zeros_like, adapter.params)
         kept = {p: torch.ones_like(v["E"][..., 0], dtype=torch.bool) for p, v in adapter.params.items()}
-        return {"step": torch.tensor(0), "mean": zeros, "deviation": tree_map(torch.clone, zeros), "kept": kept}
+        step = torch.zeros((), dtype=torch.int64, device=next(iter(kept.values())).device)
+        return {"step": step, "mean": zeros, "deviation": tree_map(torch.clone, zeros), "kept": kept}
 
     def allocate_update(self, grads: Tree, state: Allocation, adapter: Adapter) -> tuple[Adapter, Allocation]:
         """Returns the adapter with unimportant triplets set to zero, and the next state.

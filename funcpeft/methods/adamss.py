@@ -7,8 +7,8 @@ K-means of the rows of the left singular vectors; A (K, r, R): per cluster, B (o
 cluster of fewer than r rows uses as many of the r. Files hold N, A and B but not the clusters, which reading finds in the
 base again.
 
-``asa_init``, ``asa_update`` and ``asa_freeze`` are the schedule that freezes unimportant clusters, as pure functions of a
-state.
+``asa_init``, ``asa_update``, ``asa_freeze`` and ``asa_hold`` are the schedule that freezes unimportant clusters, as pure
+functions of a state.
 
 References:
     AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning, NeurIPS 2025, openreview 8ZdWmpYxT0.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.context import Context
+from funcpeft.families import rounded
 from funcpeft.method import Method
 from funcpeft.tree import Adapter, Leaves, Tree, tree_map
 from funcpeft.weights import Base
@@ -87,9 +88,11 @@ class AdaMSS(Method):
     asa_schedule_exponent: float = 3.0
 
     peft_type: ClassVar[str] = "ADAMSS"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding"})
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "N", "rows", "cluster", "ranks")
     weight_free: ClassVar[bool] = True
+    size: ClassVar[str] = "subspace_rank * (min(num_subspaces, out) * min(r, out, in_ + 1) + out)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,20 +108,20 @@ class AdaMSS(Method):
     def examples(cls) -> tuple[Method, ...]:
         return (cls(r=3, num_subspaces=2),)
 
-    def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
-        params: Tree = {}
-        consts: Tree = {}
-        for path, base in sites.items():
-            params[path], consts[path] = self.init_site(base, rng.generator(seed, path))
-        return Adapter(params, consts)
+    def check_site(self, base: Base) -> None:
+        groups = base.kind.groups
+        self.require_at(groups == 1, base, "a convolution must have one group", groups, "leave the site out")
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         whole = base.weight if base.bias is None else torch.cat([base.weight, base.bias[:, None]], 1)
+        rank = min(self.r, *whole.shape)
+        if whole.is_meta:  # clusters are found from values; their number is known
+            return self._shapes(base, rank, whole.shape[1])
         with rng.lent(rng.stream(self.random_seed).generator):
-            u, _, v = torch.svd_lowrank(whole.float(), q=min(self.r, *whole.shape), niter=2)
+            u, _, v = torch.svd_lowrank(whole.float(), q=rank, niter=2)
         cluster, order = clusters(u, self.num_subspaces).sort(stable=True)
         dtype = torch.promote_types(base.dtype, torch.float32)
-        a, b = [], []
+        a, b, ranks = [], [], []
         for index in order.split(torch.bincount(cluster).tolist()):
             rows = u.contiguous()[index]
             with rng.lent(gen):
@@ -126,11 +129,19 @@ class AdaMSS(Method):
                 drawn = torch.zeros if self.init_weights else torch.randn
                 second = 0.01 * drawn(len(rows), len(start), dtype=base.dtype)
             missing = self.subspace_rank - len(start)
+            ranks.append(len(start))
             a.append(F.pad(start, (0, 0, 0, missing)))
             b.append(F.pad(second.to(dtype), (0, missing)))
-        ranks = torch.tensor([min(self.subspace_rank, int((t != 0).any(1).sum())) for t in a])
-        consts = {"N": v.mT.contiguous(), "rows": order, "cluster": cluster, "ranks": ranks}
+        n = rounded(v.mT, base.dtype).contiguous()
+        consts = {"N": n, "rows": order, "cluster": cluster, "ranks": torch.tensor(ranks)}
         return {"A": torch.stack(a), "B": torch.cat(b)}, consts
+
+    def _shapes(self, base: Base, rank: int, columns: int) -> tuple[Leaves, Leaves]:
+        out, dtype = base.shape[0], torch.promote_types(base.dtype, torch.float32)
+        count = min(self.num_subspaces, out)
+        trained = {"A": torch.empty(count, self.subspace_rank, rank), "B": torch.empty(out, self.subspace_rank, dtype=dtype)}
+        found = {"N": torch.empty(rank, columns, dtype=base.dtype), "ranks": torch.empty(count, dtype=torch.int64)}
+        return trained, {**found, "rows": torch.arange(out), "cluster": torch.arange(out)}
 
     def _start(self, rows: Tensor) -> Tensor:
         """Returns the first A ``(rank, R)`` of a cluster from its rows of the left singular vectors."""
@@ -150,12 +161,14 @@ class AdaMSS(Method):
         return torch.where(mine[..., None] & there[:, None], leaves["B"], 0)
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
-        n, wide = leaves["N"], x.to(leaves["N"].dtype)
-        low = wide @ n[:, : x.shape[-1]].mT
-        low = low if base.bias is None else low + n[:, -1]
-        grouped = torch.einsum("...i,kri,kor->...o", low, leaves["A"], self._spread(leaves))
-        y = base(x)
-        return y.to(torch.promote_types(y.dtype, grouped.dtype)).index_add(-1, leaves["rows"], grouped)
+        n, spread, in_ = leaves["N"], self._spread(leaves), base.shape[-1]
+
+        def update(low: Tensor) -> Tensor:
+            low = low if base.bias is None else low + n[:, in_]
+            grouped = torch.einsum("...i,kri,kor->...o", low, leaves["A"], spread)
+            return torch.zeros_like(grouped).index_add(-1, leaves["rows"], grouped)
+
+        return base(x) + base.over_out(base.map(x, n[:, :in_]), update)
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return self._shifted(leaves, base, 1)
@@ -192,7 +205,8 @@ class AdaMSS(Method):
         """Returns the state of a schedule that has seen no step: no importance, every cluster trained."""
         zeros = tree_map(torch.zeros_like, adapter.params)
         kept = {p: torch.ones(v["A"].shape[-3], dtype=torch.bool, device=v["A"].device) for p, v in adapter.params.items()}
-        return {"step": torch.tensor(0), "mean": zeros, "deviation": tree_map(torch.clone, zeros), "kept": kept}
+        step = torch.zeros((), dtype=torch.int64, device=next(iter(kept.values())).device)
+        return {"step": step, "mean": zeros, "deviation": tree_map(torch.clone, zeros), "kept": kept}
 
     def asa_update(self, grads: Tree, state: Importance, adapter: Adapter) -> Importance:
         """Returns the state after one step's gradients: importance, and at every ``mask_interval`` steps which clusters stay.
@@ -219,25 +233,35 @@ class AdaMSS(Method):
         mean, deviation = (tree_map(lambda t: torch.where(decides, 0, t), tree) for tree in (mean, deviation))
         return {"step": step + 1, "mean": mean, "deviation": deviation, "kept": made}
 
-    def asa_freeze(self, grads: Tree, state: Importance, adapter: Adapter) -> Tree:
-        """Returns gradients that are zero for the clusters that the schedule has frozen.
+    def asa_freeze(self, tree: Tree, state: Importance, adapter: Adapter) -> Tree:
+        """Returns gradients, or steps, that are zero for the clusters that the schedule has frozen."""
+        return self._where_kept(tree, tree_map(torch.zeros_like, tree), state, adapter)
 
-        An optimizer's momentum and weight decay still move what has no gradient; give it none where that matters.
+    def asa_hold(self, moved: Adapter, state: Importance, adapter: Adapter) -> Adapter:
+        """Returns a stepped adapter with frozen clusters as they were in ``adapter``.
+
+        For optimizers whose momentum or weight decay moves what has no gradient.
         """
+        return moved.replace(params=self._where_kept(moved.params, adapter.params, state, adapter))
+
+    def budget(self, step: Tensor | int, count: int) -> Tensor:
+        """Returns how many of the model's ``count`` clusters stay trained after a choice at a step."""
+        first, last, least = self.init_warmup, self.final_warmup, self.asa_target_subspaces
+        left = (1 - (torch.as_tensor(step) - first).double() / (last - first)).clamp(0, 1) ** self.asa_schedule_exponent
+        return (least + (count - least) * left).floor().long().clamp(1, count)
+
+    def _where_kept(self, tree: Tree, otherwise: Tree, state: Importance, adapter: Adapter) -> Tree:
         made: Tree = {}
-        for path, leaves in grads.items():
-            kept, cluster = state["kept"][path], adapter.consts[path]["cluster"]
-            a = torch.where(kept[..., None, None], leaves["A"], 0)
-            made[path] = {"A": a, "B": torch.where(kept[cluster][..., None], leaves["B"], 0)}
+        for path, leaves in tree.items():
+            kept, cluster, other = state["kept"][path], adapter.consts[path]["cluster"], otherwise[path]
+            a = torch.where(kept[..., None, None], leaves["A"], other["A"])
+            made[path] = {"A": a, "B": torch.where(kept[cluster][..., None], leaves["B"], other["B"])}
         return made
 
     def _kept(self, mean: Tree, deviation: Tree, kept: Mapping[str, Tensor], adapter: Adapter, step: Tensor) -> Leaves:
         scores = {p: self._scores(mean[p], deviation[p], adapter.consts[p]) for p in mean}
         whole = torch.cat([torch.where(kept[p], s, -torch.inf) for p, s in scores.items()])
-        first, last, least = self.init_warmup, self.final_warmup, self.asa_target_subspaces
-        left = (1 - (step - first) / (last - first)).clamp(0, 1) ** self.asa_schedule_exponent
-        budget = (least + (len(whole) - least) * left).floor().long().clamp(1, len(whole))
-        limit = whole.sort(descending=True).values[budget - 1]
+        limit = whole.sort(descending=True).values[self.budget(step, len(whole)) - 1]
         return {p: kept[p] & (s >= limit) for p, s in scores.items()}
 
     def _scores(self, mean: Leaves, deviation: Leaves, consts: Leaves) -> Tensor:

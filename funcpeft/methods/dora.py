@@ -53,6 +53,7 @@ class DoRA(LoRA):
     }
     kinds: ClassVar[frozenset[str]] = LoRA.kinds - {"raw"}
     peft_fixed: ClassVar[dict[str, Any]] = {**LoRA.peft_fixed, "use_dora": True}
+    peft_switch: ClassVar[str] = "use_dora"
     size: ClassVar[str] = "r * (in_ + out) + out"
     leaf_names: ClassVar[tuple[str, ...]] = ("m", "A", "B", "A0", "B0", "scaling", "rank")
     additive: ClassVar[bool] = False

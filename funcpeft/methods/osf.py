@@ -4,7 +4,9 @@ r"""OSF: orthogonal subspace fine-tuning, which trains the small singular direct
 
 U (out, m - k), S (m - k,), V (m - k, in): trained, from the singular triplets of W beyond the k largest, of m = min(in,
 out); U0, S0, V0: those at the start, frozen, so the difference does not depend on the arbitrary signs of singular vectors.
-``project_grads`` takes from the gradients of U and V what lies along the k preserved directions.
+``project_grads`` takes from the gradients of U and V what lies along the k preserved directions. Where U has all directions
+of its space (out <= in) what then remains is the span of U0; elsewhere the preserved ones are kept, U_high (out, k). The same
+holds for V0 and V_high (k, in). Files hold U, S and V; the rest is made of the base again.
 
 References:
     Nayak et al., Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning, 2025, arXiv 2504.07097,
@@ -14,9 +16,9 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ from funcpeft.weights import Base
 class OSF(Factored):
     """Fine-tuning of the orthogonal complement of the main directions.
 
+    Without ``target_modules`` it adapts every linear layer of a model whose architecture has no default.
+
     Args:
         effective_rank: Number k of directions that are preserved: an integer, a fraction of m as a float in (0, 1], or
             ``None`` for half of them.
@@ -44,6 +48,7 @@ class OSF(Factored):
     init_weights: bool = True
 
     peft_type: ClassVar[str] = "OSF"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "transposed", "conv", "embedding"})
     keys: ClassVar[dict[str, str]] = {
         "U": "osf_svd_params.U_low",
         "S": "osf_svd_params.S_low",
@@ -51,7 +56,7 @@ class OSF(Factored):
     }
     peft_fixed: ClassVar[dict[str, Any]] = {"target_svd_config": None}
     peft_lacks: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    leaf_names: ClassVar[tuple[str, ...]] = ("U", "S", "V", "U0", "S0", "V0")
+    leaf_names: ClassVar[tuple[str, ...]] = ("U", "S", "V", "U0", "S0", "V0", "U_high", "V_high")
     additive: ClassVar[bool] = False  # the factors are of the weight, so a second one is of another weight
     size: ClassVar[str] = "(min(in_, out) - min(effective_rank, min(in_, out))) * (in_ + out + 1)"
 
@@ -74,6 +79,15 @@ class OSF(Factored):
     def names_site(key: str, path: str) -> bool:
         return re.search(key, path) is not None
 
+    def resolve(self, default: Callable[[str, str], Any]) -> Self:
+        if self.target_modules is not None:
+            return self
+        try:
+            known = default(self.peft_type, "target_modules")
+        except ValueError:
+            known = None
+        return self if known else replace(self, target_modules="all-linear")
+
     def preserved(self, base: Base) -> int:
         """Returns k at a site."""
         m, pattern = min(base.shape), self.rank_pattern or FrozenDict()
@@ -83,32 +97,35 @@ class OSF(Factored):
         return min(m, rank if isinstance(rank, int) else int(m * rank))
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
-        weight, k = base.weight, self.preserved(base)
+        weight, k, (out, in_) = base.weight, self.preserved(base), base.shape
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        first = {"U0": u[:, k:], "S0": s[k:], "V0": vh[k:]}
-        first = {name: t.to(base.dtype).to(weight.dtype).contiguous() for name, t in first.items()}
+        start = {"U": u[:, k:], "S": s[k:], "V": vh[k:]}
+        high = {**({"U_high": u[:, :k]} if out > in_ else {}), **({"V_high": vh[:k]} if in_ > out else {})}
+        start, high = ({n: t.to(base.dtype).to(weight.dtype).contiguous() for n, t in d.items()} for d in (start, high))
+        consts = {**{n + "0": t for n, t in start.items()}, **high}
         if self.init_weights:
-            return {name[0]: t.clone() for name, t in first.items()}, first
-        return {name[0]: rng.normal(tuple(t.shape), gen) for name, t in first.items()}, first
+            return {n: t.clone() for n, t in start.items()}, consts
+        return {n: rng.normal(tuple(t.shape), gen) for n, t in start.items()}, consts
 
     def pair(self, leaves: Leaves, base: Base) -> tuple[Tensor, Tensor]:
         a = torch.cat([leaves["V"], leaves["V0"]])
         return a, torch.cat([leaves["U"] * leaves["S"], -leaves["U0"] * leaves["S0"]], 1)
 
     def project_grads(self, grads: Leaves, leaves: Leaves, base: Base) -> Leaves:
-        """Takes from the gradients of U and V what lies along preserved directions: all but the span of U0, and of V0.
-
-        Where U (or V) has all directions of its space, what is not preserved is the span of U0 itself; elsewhere the
-        preserved directions are those of the base, W - U0 diag(S0) V0.
-        """
-        high = base.weight - (leaves["U0"] * leaves["S0"]) @ leaves["V0"]
-        u, _, vh = torch.linalg.svd(high.float(), full_matrices=False)
-        k = min(base.shape) - leaves["S"].shape[0]
-        u, v = u[:, :k].to(grads["U"].dtype), vh[:k].to(grads["V"].dtype)
-        return {**grads, "U": grads["U"] - u @ (u.mT @ grads["U"]), "V": grads["V"] - (grads["V"] @ v.mT) @ v}
+        """Takes from the gradients of U and V what lies along preserved directions."""
+        high = leaves["V_high"].mT if "V_high" in leaves else None
+        v = _free(grads["V"].mT, leaves["V0"].mT, high).mT
+        return {**grads, "U": _free(grads["U"], leaves["U0"], leaves.get("U_high")), "V": v}
 
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
         """Writes patterns as whole paths, whose meaning does not depend on their order."""
         ranks = {p: min(len(v["U"]), v["V"].shape[1]) - len(v["S"]) for p, v in leaves.items() if "S" in v}
         pattern = {f"^{re.escape(p)}$": k for p, k in ranks.items()} if self.rank_pattern else None
         return {**super().to_peft_config(leaves), "rank_pattern": pattern}
+
+
+def _free(columns: Tensor, start: Tensor, high: Tensor | None) -> Tensor:
+    """Returns the part of columns outside the span of ``high``, or in that of ``start`` where the two fill the space."""
+    q = (start if high is None else high).to(columns.dtype)
+    part = q @ (q.mT @ columns)
+    return part if high is None else columns - part

@@ -49,6 +49,7 @@ class QALoRA(LoRA):
         **{k: v for k, v in LoRA.peft_fixed.items() if k != "qalora_group_size"},
         "use_qalora": True,
     }
+    peft_switch: ClassVar[str] = "use_qalora"
     leaf_names: ClassVar[tuple[str, ...]] = ("A", "B", "scaling", "rank")
     size: ClassVar[str] = "r * (in_ // qalora_group_size + out)"
 
