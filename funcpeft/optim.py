@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from funcpeft.transforms import (
     params_of,
     wide,
 )
-from funcpeft.tree import Adapters, tree_leaves, tree_map
+from funcpeft.tree import Adapter, Adapters, as_tuple, tree_leaves, tree_map
 
 __all__ = [
     "Optimizer",
@@ -114,20 +115,22 @@ def adamw(lr: Hyper, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-
         eps: :math:`\epsilon`, above 0.
         weight_decay: :math:`\lambda`, decoupled from the gradient.
     """
+    return _adamw_by(_adamw, lr, betas, eps, weight_decay)
+
+
+def _adamw_by(rule: Any, lr: Hyper, betas: tuple[Hyper, Hyper], eps: Hyper, weight_decay: Hyper) -> Optimizer:
     hyper = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
     valid = {"beta1": "[0, 1)", "beta2": "[0, 1)", "eps": "(0, inf)"}
-    return Optimizer(Transform(name="adamw", hyper=hyper, rule=_adamw, memory=("m", "v"), valid=valid, descends=True))
+    return Optimizer(Transform(name="adamw", hyper=hyper, rule=rule, memory=("m", "v"), valid=valid, descends=True))
 
 
-def _adamw(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
+def _adamw(grads: Any, memory: Memory, adapter: Adapters, now: Values, *, late: bool = False) -> tuple[Any, Memory]:
+    """Makes a step; with ``late`` eps is added before the bias of v is corrected, and the parameters decay after the step."""
     root = (1 - now["beta2"] ** now["step"]).sqrt()  # both bias corrections go into the step size and eps
-    values = {
-        "m": 1 - now["beta1"],
-        "v": 1 - now["beta2"],
-        "eps": now["eps"] * root,
-        "shrink": -now["lr"] * now["weight_decay"],
-    }
-    fit = fitted({**values, "descent": -now["lr"] * root / (1 - now["beta1"] ** now["step"])})
+    decay = now["lr"] * now["weight_decay"]
+    values = {"m": 1 - now["beta1"], "v": 1 - now["beta2"], "eps": now["eps"] * (1 if late else root), "shrink": -decay}
+    descent = -now["lr"] * root / (1 - now["beta1"] ** now["step"])
+    fit = fitted({**values, "descent": descent * (1 - decay) if late else descent})
 
     def move(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
         # At 0 the root has no derivative, and v is 0 while a gradient is exactly 0: that of A in a fresh LoRA.
@@ -164,16 +167,18 @@ def hold(*names: str) -> Optimizer:
     """Leaves the leaves of these names where they are: after an optimizer in a chain it undoes decay and momentum too."""
 
     def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
-        return by_leaf(lambda name, leaves, g: torch.zeros_like(g) if name in names else g, adapter, grads), memory
+        return by_leaf(lambda one, path, name, g: torch.zeros_like(g) if name in names else g, adapter, grads), memory
 
     return Optimizer(Transform(name="hold", hyper={}, rule=rule))
 
 
 def riemannian(reg: Hyper = 1e-2) -> Optimizer:
-    r"""Preconditions the gradients of low-rank factors by each other, at every site with leaves A and B; to be chained.
+    r"""Preconditions the gradients of low-rank factors by each other, at every site that trains A and B; to be chained.
 
     .. math:: \nabla A \leftarrow (B^\top B + \rho I)^{-1} \nabla A, \qquad
        \nabla B \leftarrow \nabla B \, (A A^\top + \rho I)^{-1}
+
+    A (\*lead, r, in), B (\*lead, out, r); leaves of these names that have other shapes are no such pair.
 
     Args:
         reg: :math:`\rho`, above 0: the damping, without which a fresh B of zeros has no inverse.
@@ -183,10 +188,11 @@ def riemannian(reg: Hyper = 1e-2) -> Optimizer:
     """
 
     def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
-        def turn(name: str, leaves: Mapping[str, Tensor], g: Tensor) -> Tensor:
-            if not {"A", "B"} <= leaves.keys() or name not in ("A", "B"):
+        def turn(one: Adapter, path: str, name: str, g: Tensor) -> Tensor:
+            pair = _pair(one.params[path])
+            if pair is None or name not in ("A", "B"):
                 return g
-            a, b = wide(leaves["A"]), wide(leaves["B"])
+            a, b = pair
             if name == "A":
                 return torch.linalg.solve(_damped(b.mT @ b, now["reg"]), g)
             return torch.linalg.solve(_damped(a @ a.mT, now["reg"]), g, left=False)
@@ -199,13 +205,16 @@ def riemannian(reg: Hyper = 1e-2) -> Optimizer:
 def lora_fa(lr: Hyper, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-6, weight_decay: Hyper = 0.0) -> Optimizer:
     r"""LoRA-FA: AdamW on B alone, with the gradient that is nearest to that of the whole update; A stays as it is drawn.
 
-    .. math:: \nabla B \leftarrow s^{-2} \, \nabla B \, (A A^\top + 10^{-8} I)^{-1}
+    .. math:: \nabla B \leftarrow s^{-2} \, \nabla B \, (A A^\top + 10^{-8} I)^{+}
+
+    As in peft its AdamW adds eps to the running deviation before its bias is corrected, and decays after the step. Where A is
+    moved from ``params`` to ``consts``, no gradient and no momentum is computed for it: the method's saving of memory.
 
     Args:
         lr: Step size.
         betas: As of ``adamw``.
-        eps: As of ``adamw``.
-        weight_decay: As of ``adamw``; peft decays after the step and not before it, which differs by lr^2 * decay.
+        eps: See above.
+        weight_decay: Likewise.
 
     References:
         Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for LLM Fine-tuning, 2023, arXiv 2308.03303.
@@ -213,16 +222,20 @@ def lora_fa(lr: Hyper, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1
     """
 
     def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
-        def turn(name: str, leaves: Mapping[str, Tensor], g: Tensor) -> Tensor:
-            if name != "B" or "A" not in leaves or "scaling" not in leaves:
+        def turn(one: Adapter, path: str, name: str, g: Tensor) -> Tensor:
+            leaves = one.leaves(path)
+            pair = _pair(leaves) if name == "B" and "scaling" in leaves else None
+            if pair is None:
                 return g
-            a, s = wide(leaves["A"]), leaves["scaling"].to(g.dtype)
+            a, s = pair[0], leaves["scaling"].to(g.dtype)
             s = s.reshape(s.shape + (1,) * (g.ndim - s.ndim))
-            return torch.linalg.solve(_damped(a @ a.mT, torch.tensor(1e-8)), g, left=False) / s**2
+            # a pseudo-inverse: of rows that depend on each other an inverse would blow up what rounding leaves in g
+            return g @ torch.linalg.pinv(_damped(a @ a.mT, torch.tensor(1e-8)), hermitian=True) / s**2
 
         return by_leaf(turn, adapter, grads), memory
 
-    return chain(Transform(name="lora_fa", hyper={}, rule=rule), adamw(lr, betas, eps, weight_decay), hold("A"))
+    late = partial(_adamw, late=True)
+    return chain(Transform(name="lora_fa", hyper={}, rule=rule), _adamw_by(late, lr, betas, eps, weight_decay), hold("A"))
 
 
 def lora_plus(
@@ -233,6 +246,7 @@ def lora_plus(
     weight_decay: Hyper = 0.0,
     embeddings: tuple[str, ...] | list[str] = (),
     embedding_lr: Hyper = 1e-6,
+    norms: tuple[str, ...] | list[str] = (),
 ) -> Optimizer:
     """LoRA+: AdamW with a larger step for B, and for vectors, than for the rest.
 
@@ -241,47 +255,70 @@ def lora_plus(
         ratio: How many times as large it is for leaves ``B`` and for vectors.
         betas: As of ``adamw``.
         eps: As of ``adamw``.
-        weight_decay: As of ``adamw``, of all leaves but biases and the vectors of norms.
-        embeddings: Paths of adapted embeddings, whose leaves step by ``embedding_lr``.
+        weight_decay: As of ``adamw``, of all leaves but biases and what ``norms`` names.
+        embeddings: Paths in the adapter of embeddings, whose leaves step by ``embedding_lr``.
         embedding_lr: Step size of those.
+        norms: Paths in the adapter of normalization layers that are trained whole, whose vectors do not decay; peft 0.21.2 has
+            those of ``torch.nn.LayerNorm`` here.
+
+    Raises:
+        ValueError: In an update, if a path of ``embeddings`` or ``norms`` is none of the adapter's.
 
     References:
         Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, 2024, arXiv 2402.12354, section 4.
     """
 
     def rule(grads: Any, memory: Memory, adapter: Adapters, now: Values) -> tuple[Any, Memory]:
-        def scale(path: str, name: str, p: Tensor, step: Tensor) -> Tensor:
-            fit = fitted({**now, "decay": now["lr"] * now["weight_decay"], "small": now["embedding_lr"] / now["lr"]})(step)
-            vector = step.ndim - now["lr"].ndim <= 1
-            if not (vector and ("bias" in path.rsplit(".", 1)[-1] or name == "bias" or "norm" in path.lower())):
-                step = step - fit["decay"] * wide(p)
-            if path in embeddings:
-                return fit["small"] * step
-            return fit["ratio"] * step if name == "B" or vector else step
+        _require_paths({"embeddings": embeddings, "norms": norms}, adapter)
+        fit = fitted({**now, "large": now["lr"] * now["ratio"]})
 
-        trees, given = (t if isinstance(t, tuple) else (t,) for t in (grads, params_of(adapter)))
-        made = tuple(
-            {path: {n: scale(path, n, p[path][n], g) for n, g in leaves.items()} for path, leaves in tree.items()}
-            for tree, p in zip(trees, given, strict=True)
-        )
-        return made if isinstance(grads, tuple) else made[0], memory
+        def scale(one: Adapter, path: str, name: str, step: Tensor) -> Tensor:
+            vector = step.ndim - now["lr"].ndim == 1
+            if not (vector and ("bias" in path.rsplit(".", 1)[-1] or name == "bias" or _named(path, norms))):
+                step = step - fit(step)["weight_decay"] * wide(one.params[path][name])
+            rate = "embedding_lr" if _named(path, embeddings) else "large" if name == "B" or vector else "lr"
+            return fit(step)[rate] * step
+
+        return by_leaf(scale, adapter, grads), memory
 
     hyper = {"lr": lr, "ratio": ratio, "weight_decay": weight_decay, "embedding_lr": embedding_lr}
-    return chain(adamw(lr, betas, eps, 0.0), Transform(name="lora_plus", hyper=hyper, rule=rule, valid={"lr": "(0, inf)"}))
+    return chain(adamw(1.0, betas, eps, 0.0), Transform(name="lora_plus", hyper=hyper, rule=rule))
 
 
-def by_leaf(f: Callable[[str, Mapping[str, Tensor], Tensor], Tensor], adapter: Adapters, grads: Any) -> Any:
-    """Maps ``f(name, all leaves of the path, gradient)`` over a tree of gradients, or a tuple of them."""
+def by_leaf(f: Callable[[Adapter, str, str, Tensor], Tensor], adapter: Adapters, grads: Any) -> Any:
+    """Maps ``f(adapter, path, name, gradient)`` over a tree of gradients, or a tuple of them."""
     trees = grads if isinstance(grads, tuple) else (grads,)
-    given = adapter if isinstance(adapter, tuple) else (adapter,)
     made = tuple(
-        {path: {n: f(n, one.leaves(path), g) for n, g in leaves.items()} for path, leaves in tree.items()}
-        for one, tree in zip(given, trees, strict=True)
+        {path: {n: f(one, path, n, g) for n, g in leaves.items()} for path, leaves in tree.items()}
+        for one, tree in zip(as_tuple(adapter), trees, strict=True)
     )
     return made if isinstance(grads, tuple) else made[0]
+
+
+def _pair(leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Returns A ``(*lead, r, in)`` and B ``(*lead, out, r)`` of a low-rank product, ``None`` if these are none."""
+    if not {"A", "B"} <= leaves.keys():
+        return None
+    a, b = wide(leaves["A"]), wide(leaves["B"])
+    fits = a.ndim == b.ndim >= 2 and a.shape[:-2] == b.shape[:-2] and a.shape[-2] == b.shape[-1]
+    return (a, b) if fits else None
 
 
 def _damped(gram: Tensor, reg: Tensor) -> Tensor:
     """Adds a multiple of the identity to matrices ``(..., r, r)``."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return gram + broadcast(reg, gram) * eye
+
+
+def _named(path: str, names: tuple[str, ...] | list[str]) -> bool:
+    """Whether a path, or the module whose parameter it is, is among names."""
+    return path in names or path.rpartition(".")[0] in names
+
+
+def _require_paths(given: Mapping[str, tuple[str, ...] | list[str]], adapter: Adapters) -> None:
+    paths = [path for one in as_tuple(adapter) for path in one.params]
+    for field, names in given.items():
+        for name in names:
+            if not any(_named(path, [name]) for path in paths):
+                rule, remedy = f"{field} must be paths of the adapter", errors.nearest(name, paths)
+                raise ValueError(errors.say("lora_plus", rule, repr(name), remedy))

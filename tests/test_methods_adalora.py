@@ -1,4 +1,4 @@
-"""AdaLoRA's allocator against peft's over a whole schedule, its regulariser, pruned files, and what peft does otherwise."""
+"""AdaLoRA: its allocator against peft's over whole schedules, its regulariser, and pruned adapters in files and stacks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 import peft
 import pytest
 import torch
-from differences import differs
 from safetensors.torch import load_file
 from torch import nn
 
@@ -80,6 +79,21 @@ def steps(net, params, adapter, count=11):
         yield adapter, state
 
 
+@pytest.mark.parametrize(
+    ("init_r", "target_r", "tinit", "tfinal", "total_step"),
+    [(12, 8, 0, 0, 100), (12, 4, 200, 500, 3000), (64, 1, 0, 0, 81), (9, 3, 0, 3, 30), (8, 7, 0, 0, 8)],
+)
+def test_the_budget_is_pefts_at_every_step(init_r, target_r, tinit, tfinal, total_step):
+    fields = {"init_r": init_r, "target_r": target_r, "tinit": tinit, "tfinal": tfinal, "total_step": total_step}
+    method = fp.AdaLoRA(**fields)
+    allocator = theirs(**fields).base_model.rankallocator
+    for sites in (1, 7, 24):
+        allocator.init_bgt, allocator.target_bgt = init_r * sites, target_r * sites
+        wanted = [allocator.budget_schedule(step)[0] for step in range(total_step + 2)]
+        assert method.budget(torch.arange(total_step + 2), sites).tolist() == wanted
+    assert int(method.budget(total_step, 3)) == 3 * target_r
+
+
 @pytest.mark.parametrize("fields", [{}, {"deltaT": 1, "tinit": 0}, {"tfinal": 0}, {"target_r": 1, "tinit": 3}], ids=str)
 def test_the_allocator_is_pefts_over_a_whole_schedule(fields):
     wrapped = theirs(**fields)
@@ -131,6 +145,47 @@ def test_a_site_may_be_left_without_a_triplet(tmp_path):
     assert torch.equal(again(params, loaded, X), smaller(params, small, X))
 
 
+def pruned_to(net, adapter, **kept):
+    """Returns method and adapter without the triplets that are not kept at the sites named."""
+    state = net.methods[0].allocate_init(adapter)
+    state["kept"] |= {path: torch.tensor(k, dtype=torch.bool) for path, k in kept.items()}
+    return net.methods[0].pruned(adapter, state)
+
+
+def test_the_pattern_of_a_file_follows_the_leaves(tmp_path):
+    model, params, net, adapter = ours(init_lora_weights=False)
+    _, small = pruned_to(net, adapter, lin1=[0, 1, 0, 1])
+    fp.save_peft(net, small, tmp_path)  # the net's method still says that nothing was dropped
+    again, loaded = fp.load_peft(model, params, tmp_path)
+    assert again.methods[0].rank_pattern["lin1.lora_E"] == (True, True, False, False)
+    torch.testing.assert_close(again(params, loaded, X), net(params, small, X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        back = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(back.base_model.model(X), net(params, small, X))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)), (nn.Embedding(7, 4), torch.arange(6).reshape(2, 3))],
+    ids=["conv", "embedding"],
+)
+def test_other_layers_may_be_left_without_a_triplet_too(layer, x):
+    model, params = fp.functionalize(nn.Sequential(layer))
+    net = fp.adapt(model, fp.AdaLoRA(**{**FIELDS, "target_modules": ["0"]}, init_lora_weights=False))
+    adapter = net.init(params, 0)
+    assert not torch.equal(net(params, adapter, x), model(params, x))
+    method, small = pruned_to(net, adapter, **{"0": [0, 0, 0, 0]})
+    assert torch.equal(fp.adapt(model, method)(params, small, x), model(params, x))
+
+
+def test_padded_ranks_of_a_stack_change_no_regulariser():
+    _, params, net, adapter = ours()
+    members = [adapter, pruned_to(net, adapter, lin0=[1, 0, 0, 1])[1], pruned_to(net, adapter, lin1=[0, 0, 0, 0])[1]]
+    together = torch.func.vmap(net.penalty)(fp.stack(members))
+    torch.testing.assert_close(together, torch.stack([net.penalty(one) for one in members]))
+
+
 def test_the_regulariser_is_that_of_the_paper():
     _, params, net, adapter = ours(orth_reg_weight=0.25)
     wrapped = theirs(orth_reg_weight=0.25)
@@ -171,34 +226,6 @@ def test_the_allocator_keeps_everything_where_the_target_is_the_start():
     _, params, net, adapter = ours(target_r=4)
     *_, (adapter, state) = steps(net, params, adapter)
     assert all(bool(k.all()) for k in state["kept"].values())
-
-
-@differs("AdaLoRA", "`target_r` equal to `init_r`: an error in the first allocation", "nothing is dropped")
-def test_peft_cannot_keep_every_rank():
-    wrapped = theirs(target_r=4)
-    with pytest.raises(RuntimeError, match="k"):
-        list(trained(wrapped))
-
-
-@differs(
-    "AdaLoRA",
-    "the divisor `ranknum` has a gradient and is trained with the rest, but no file holds it: a reloaded adapter differs",
-    "it is a constant, `init_r`",
-)
-def test_peft_trains_the_number_of_ranks(tmp_path):
-    wrapped = theirs(init_lora_weights=False)
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.5)
-    wrapped.base_model.model(X).square().mean().backward()
-    optimizer.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped.save_pretrained(tmp_path)
-        back = peft.PeftModel.from_pretrained(base(), tmp_path)
-    assert float((back.base_model.model(X) - wrapped.base_model.model(X)).detach().abs().max()) > 1e-3
-    _, params, net, adapter = ours(init_lora_weights=False)
-    fp.save_peft(net, adapter, tmp_path / "ours")
-    again, loaded = fp.load_peft(net.model, params, tmp_path / "ours")
-    assert torch.equal(again(params, loaded, X), net(params, adapter, X))
 
 
 @pytest.mark.parametrize(

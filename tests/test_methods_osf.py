@@ -1,4 +1,4 @@
-"""OSF: projected gradients against peft's hooks, what is preserved, merging, and where peft differs."""
+"""OSF: projected gradients against peft's hooks, what is preserved, ranks and targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import warnings
 import peft
 import pytest
 import torch
-from differences import differs
 from torch import nn
 
 import funcpeft as fp
@@ -74,48 +73,6 @@ def test_what_is_preserved_gets_no_gradient(name):
     assert float((got["V"] @ vh[:3].T).abs().max()) < 1e-5 * scale
 
 
-@differs("OSF", "unmerging is refused for a model, and a layer only warns and stays merged", "subtracts the update")
-def test_unmerging_is_a_subtraction():
-    _, params, net, adapter = ours()
-    merged, _ = net.merge(params, adapter)
-    torch.testing.assert_close(net.unmerge(merged, adapter)["lin.weight"], params["lin.weight"])
-    wrapped = theirs()
-    with pytest.raises(NotImplementedError):
-        wrapped.base_model.unmerge_adapter()
-
-
-@differs("OSF", "merging twice adds the update twice", "params are values: a second merge is asked for")
-def test_peft_merges_again():
-    _, params, net, adapter = ours()
-    wrapped = theirs(init_weights=False)
-    layer = wrapped.base_model.model.lin
-    before = layer.base_layer.weight.detach().clone()
-    layer.merge()
-    once = layer.base_layer.weight.detach() - before
-    layer.merge()
-    torch.testing.assert_close(layer.base_layer.weight.detach() - before, 2 * once)
-    assert torch.equal(net.merge(params, adapter)[0]["lin.weight"], net.merge(params, adapter)[0]["lin.weight"])
-
-
-@differs("OSF", "targets that are not linear are skipped without a word", "`TypeError` that names the path")
-def test_a_target_that_is_not_linear():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin, self.emb = nn.Linear(4, 4), nn.Embedding(5, 4)
-
-        def forward(self, ids):
-            return self.lin(self.emb(ids))
-
-    model, _ = fp.functionalize(Two())
-    with pytest.raises(TypeError, match="osf at 'emb': a target must be one of the kinds"):
-        fp.adapt(model, fp.OSF(target_modules=["lin", "emb"]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(Two(), peft.OSFConfig(target_modules=["lin", "emb"], effective_rank=2))
-    assert type(wrapped.base_model.model.emb) is nn.Embedding
-
-
 @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True, "2"])
 def test_ranks_are_checked(rank):
     with pytest.raises(ValueError, match="effective_rank must be None, a positive integer or a fraction"):
@@ -129,3 +86,39 @@ def test_the_whole_rank_may_be_preserved(tmp_path):
     assert adapter.params["lin"]["S"].shape == (0,)
     x = torch.randn(3, 12)
     assert torch.equal(net(params, adapter, x), model(params, x))
+
+
+def test_projection_needs_no_base_and_maps_over_members(monkeypatch):
+    _, params, net, one = ours("wide")
+    members = [one, net.init(params, 1)]
+    gen = torch.Generator().manual_seed(4)
+    grads = [tree_map(lambda t: torch.randn(t.shape, generator=gen), a.params) for a in members]
+    want = [net.project_grads(params, g, a)["lin"] for g, a in zip(grads, members, strict=True)]
+    many, given = fp.stack(members), {"lin": {n: torch.stack([g["lin"][n] for g in grads]) for n in ("U", "S", "V")}}
+    nothing = tree_map(lambda t: t * torch.nan, params)
+    got = torch.func.vmap(lambda g, a: net.project_grads(nothing, g, a))(given, many)["lin"]
+    for i, leaves in enumerate(want):
+        for name, t in leaves.items():
+            torch.testing.assert_close(got[name][i], t)
+
+
+def test_without_targets_every_linear_layer_is_adapted():
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.a, self.b = nn.Embedding(5, 4), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    net = fp.adapt(fp.functionalize(Tower())[0], fp.OSF())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(Tower(), peft.OSFConfig())
+    assert set(net.sites) == {n.removeprefix("base_model.model.") for n in wrapped.targeted_module_names} == {"a", "b"}
+
+
+def test_an_architecture_has_its_own_targets():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+    net = fp.adapt(fp.functionalize(LlamaForCausalLM(LlamaConfig(**sizes)))[0], fp.OSF())
+    assert "model.layers.0.mlp.gate_proj" in net.sites
+    assert "lm_head" not in net.sites

@@ -12,6 +12,7 @@ from torch import nn
 
 import funcpeft as fp
 from funcpeft import optim
+from funcpeft.tree import tree_map
 
 
 class Mlp(nn.Module):
@@ -75,7 +76,7 @@ def test_lora_plus_is_pefts(decay):
         wrapped, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8.0, loraplus_weight_decay=decay
     )
     train(wrapped, optimizer)
-    moved = run(net, params, adapter, optim.lora_plus(1e-2, 8.0, weight_decay=decay))
+    moved = run(net, params, adapter, optim.lora_plus(1e-2, 8.0, weight_decay=decay, norms=["norm"]))
     require_equal(wrapped, moved)
     saved = {p: v["value"] for one in moved[1:] for p, v in one.params.items()}
     inner = wrapped.base_model.model
@@ -132,12 +133,63 @@ def test_lora_fa_moves_b_alone_along_the_nearest_gradient():
         torch.testing.assert_close(turned[path]["B"], want, rtol=1e-6, atol=1e-9)
 
 
-def test_lora_fa_is_pefts_up_to_its_half_precision():
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "bias": "all"}], ids=str)
+def test_lora_fa_is_pefts_in_float64(fields, decay):
+    wrapped, net, params, adapter = both(**fields)
+    train(wrapped, create_lorafa_optimizer(wrapped, r=4, lora_alpha=6, lr=1e-2, weight_decay=decay))
+    moved = run(net, params, adapter, optim.lora_fa(1e-2, weight_decay=decay))
+    require_equal(wrapped, moved)
+    for path, leaves in (moved[1].params if fields else {}).items():
+        bias = wrapped.base_model.model.get_submodule(path.removesuffix(".bias"))
+        bias = getattr(bias, "base_layer", bias).bias
+        torch.testing.assert_close(leaves["value"], bias.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_lora_fa_of_dependent_rows_is_pefts():
+    """A of rank below r has no inverse that rounding leaves alone."""
     wrapped, net, params, adapter = both()
-    optimizer = create_lorafa_optimizer(wrapped, r=4, lora_alpha=6, lr=1e-2)
-    train(wrapped, optimizer, steps=1)
-    moved = run(net, params, adapter, optim.lora_fa(1e-2), steps=1)
-    require_equal(wrapped, moved, rtol=1e-2, atol=1e-3)  # peft multiplies in bfloat16, and its rank is that of the adapter
+    for path, leaves in adapter.params.items():
+        leaves["A"][2:] = leaves["A"][:2]
+        with torch.no_grad():
+            wrapped.base_model.model.get_submodule(path).lora_A["default"].weight[2:] = leaves["A"][:2]
+    train(wrapped, create_lorafa_optimizer(wrapped, r=4, lora_alpha=6, lr=1e-2))
+    require_equal(wrapped, run(net, params, adapter, optim.lora_fa(1e-2)), rtol=1e-5, atol=1e-7)
+    single = run(net, params, tree_map(torch.Tensor.float, adapter), optim.lora_fa(1e-2))
+    assert all(bool(torch.isfinite(t).all()) for v in single.params.values() for t in v.values())
+
+
+def test_lora_fa_takes_a_frozen_a():
+    _, net, params, adapter = both()
+    frozen = fp.Adapter(
+        {p: {"B": v["B"]} for p, v in adapter.params.items()},
+        {p: {**v, "A": adapter.params[p]["A"]} for p, v in adapter.consts.items()},
+        adapter.rank_axes,
+    )
+    want, got = (run(net, params, a, optim.lora_fa(1e-2)) for a in (adapter, frozen))
+    for path, leaves in got.params.items():
+        assert torch.equal(leaves["B"], want.params[path]["B"])
+
+
+def test_leaves_of_other_shapes_are_no_pair():
+    model, params = fp.functionalize(base())
+    net = fp.adapt(model, fp.AdaMSS(r=3, num_subspaces=2, target_modules=["lin0"]))
+    adapter = net.init(params, 0)
+    want = run(net, params, adapter, optim.sgd(0.1), steps=2)
+    got = run(net, params, adapter, optim.chain(optim.riemannian(), optim.sgd(0.1)), steps=2)
+    for name, t in got.params["lin0"].items():
+        assert torch.equal(t, want.params["lin0"][name])
+
+
+def test_lora_plus_follows_a_schedule_from_zero():
+    _, net, params, adapter = both()
+    schedule = optim.linear_warmup(1e-2, 4)
+    still = run(net, params, adapter, optim.lora_plus(schedule), steps=1)
+    moved = run(net, params, adapter, optim.lora_plus(schedule, weight_decay=0.1), steps=3)
+    for path, leaves in adapter.params.items():
+        for name, t in leaves.items():
+            assert torch.equal(still.params[path][name], t)
+            assert 0 < float((moved.params[path][name] - t).abs().max()) < 1
 
 
 @pytest.mark.parametrize(
@@ -170,3 +222,8 @@ def test_hyperparameters_are_checked():
         optim.riemannian(0.0)
     with pytest.raises(ValueError, match="lora_plus: ratio"):
         optim.lora_plus(1e-3, -1.0)
+    _, net, params, adapter = both()
+    with pytest.raises(ValueError, match="lora_plus: norms must be paths of the adapter, got 'lin2'; did you mean"):
+        run(net, params, adapter, optim.lora_plus(1e-3, norms=["lin2"]), steps=1)
+    with pytest.raises(ValueError, match="lora_plus: embeddings must be paths of the adapter, got 'emb'"):
+        run(net, params, adapter, optim.lora_plus(1e-3, embeddings=["emb"]), steps=1)
