@@ -180,7 +180,7 @@ def test_other_layers_may_be_left_without_a_triplet_too(layer, x):
 
 
 def test_padded_ranks_of_a_stack_change_no_regulariser():
-    _, params, net, adapter = ours()
+    _, _, net, adapter = ours()
     members = [adapter, pruned_to(net, adapter, lin0=[1, 0, 0, 1])[1], pruned_to(net, adapter, lin1=[0, 0, 0, 0])[1]]
     together = torch.func.vmap(net.penalty)(fp.stack(members))
     torch.testing.assert_close(together, torch.stack([net.penalty(one) for one in members]))

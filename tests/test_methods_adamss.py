@@ -101,11 +101,11 @@ def test_the_budget_is_pefts_at_every_step(exponent, target, first, last, count)
 
 
 def test_under_an_optimizer_with_momentum_the_schedule_is_pefts(monkeypatch):
-    """peft keeps one cluster fewer than its schedule says, so its schedule is raised by one here."""
+    """peft keeps what exceeds the k-th largest score, one cluster fewer than k; here what exceeds the next one."""
     params, net, adapter = ours(**ASA, init_weights=None)
     wrapped = theirs(**ASA, init_weights=None)
-    schedule = type(wrapped.base_model)._schedule_threshold
-    monkeypatch.setattr(type(wrapped.base_model), "_schedule_threshold", lambda self, *a: schedule(self, *a) + 1)
+    kthvalue = torch.kthvalue
+    monkeypatch.setattr(torch, "kthvalue", lambda t, k: kthvalue(t, k + 1))
     options = {"lr": 0.05, "weight_decay": 0.1}
     theirs_opt = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], **options)
     method, opt = net.methods[0], fp.optim.adamw(**options)

@@ -112,13 +112,15 @@ def test_without_targets_every_linear_layer_is_adapted():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(Tower(), peft.OSFConfig())
-    assert set(net.sites) == {n.removeprefix("base_model.model.") for n in wrapped.targeted_module_names} == {"a", "b"}
+    assert (
+        set(net.entries[0].sites) == {n.removeprefix("base_model.model.") for n in wrapped.targeted_module_names} == {"a", "b"}
+    )
 
 
 def test_an_architecture_has_its_own_targets():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
-    net = fp.adapt(fp.functionalize(LlamaForCausalLM(LlamaConfig(**sizes)))[0], fp.OSF())
-    assert "model.layers.0.mlp.gate_proj" in net.sites
-    assert "lm_head" not in net.sites
+    sites = fp.adapt(fp.functionalize(LlamaForCausalLM(LlamaConfig(**sizes)))[0], fp.OSF()).entries[0].sites
+    assert "model.layers.0.mlp.gate_proj" in sites
+    assert "lm_head" not in sites
