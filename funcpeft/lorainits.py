@@ -225,16 +225,22 @@ def shared_ranks(explained: Mapping[str, Tensor], ranks: Mapping[str, int], rho:
     return found
 
 
+#: Times that ``damped`` doubles what it adds before it gives up; at 2^20 times 0.01 any finite matrix inverts.
+_DOUBLINGS = 20
+
+
 def damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Returns a covariance with a multiple of the identity added, 0.01 or more so that it inverts, and the inverse."""
-    one = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    part = 0.01
-    while True:
-        made = covariance + part * covariance.diagonal().mean() * one
+    one, size = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device), covariance.diagonal().mean()
+    if not (covariance.isfinite().all() and size > 0):
+        rule = "a covariance must be finite, with a diagonal whose mean is above 0"
+        raise ValueError(errors.say("init 'corda'", rule, float(size), "collect it from inputs that are not all zero"))
+    for doubled in range(_DOUBLINGS):
+        made = covariance + 0.01 * 2**doubled * size * one
         inverse, info = torch.linalg.inv_ex(made)
         if not info and torch.dist(made @ inverse, one) < 0.05:
             return made, inverse
-        part *= 2
+    raise ValueError(errors.say("init 'corda'", "a covariance must invert with a multiple of the identity added", "none does"))
 
 
 def corda(start: Start) -> Factors:

@@ -222,6 +222,13 @@ def test_the_allocator_vmaps_over_members():
                 torch.testing.assert_close(together[path][name][i], t)
 
 
+def test_the_allocator_stays_where_the_adapter_is():
+    _, _, net, adapter = ours()
+    there = adapter.replace(params=tree_map(lambda t: t.to("meta"), adapter.params))
+    _, state = net.methods[0].allocate_update(there.params, net.methods[0].allocate_init(there), there)
+    assert {t.device.type for t in (state["step"], *state["kept"].values())} == {"meta"}
+
+
 def test_the_allocator_keeps_everything_where_the_target_is_the_start():
     _, params, net, adapter = ours(target_r=4)
     *_, (adapter, state) = steps(net, params, adapter)

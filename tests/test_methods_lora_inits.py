@@ -556,3 +556,11 @@ def test_data_is_checked(init, needs, match):
     _, params, net = ours(Shared, LoRA(r=2, target_modules=["q"], init_lora_weights=init))
     with pytest.raises(ValueError, match=match):
         net.init(params, 0, **needs)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_covariance_that_cannot_invert_is_refused_and_no_loop(value):
+    model, params = functionalize(nn.Sequential(nn.Linear(4, 4)))
+    net = adapt(model, LoRA(r=1, target_modules=["0"], init_lora_weights="corda"))
+    with pytest.raises(ValueError, match="a covariance must be finite, with a diagonal whose mean is above 0"):
+        net.init(params, 0, statistics={"0": {"covariance": torch.full((4, 4), value)}})

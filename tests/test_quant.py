@@ -416,7 +416,7 @@ def test_large_weights_are_decoded_again_and_small_ones_kept(monkeypatch):
 
 
 def test_input_and_output_side_methods_never_make_a_stored_base_dense(monkeypatch):
-    from funcpeft import methods, storage
+    from funcpeft import Context, methods, storage
 
     model, params = functional()
     small, x, decoded = quantize(model, params, NF4()), drawn(5, 12), []
@@ -444,13 +444,15 @@ def test_input_and_output_side_methods_never_make_a_stored_base_dense(monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr("funcpeft.weights.product", product)
             patch.setattr(NF4, "dequant", dequant)
-            net(small, adapter, x)
+            net(small, adapter, x, context=Context(values=method.sample_values(len(x))))
         tried.append(name)
     assert {"LoRA", "IA3", "OFT"} <= set(tried)
 
 
 def _without_patterns(method):
-    return {f.name: {} for f in dataclasses.fields(method) if f.name.endswith("_pattern") and f.name != "layers_pattern"}
+    blocked = {"use_bdlora": {"target_modules_bd_a": ["up"], "target_modules_bd_b": ["down"], "nblocks": 2}}
+    fields = {f.name for f in dataclasses.fields(method)} - {"layers_pattern"}
+    return {n: {} for n in fields if n.endswith("_pattern")} | {n: v for n, v in blocked.items() if n in fields}
 
 
 def test_the_kernel_of_bitsandbytes_is_used_where_it_is_right(monkeypatch):

@@ -291,7 +291,7 @@ def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str, **
     left = {key if key.startswith("base_model.") or not _injected(net) else _ROOT + key: t for key, t in tensors.items()}
     left = _without_wrappers(left)
     made: list[Adapter] = []
-    wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "extra": []}
+    wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "of another type": [], "extra": []}
     for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True, **needs)), strict=True):
         filled = _fill_entry(net, entry, fresh, left, wrong)
         made.append(filled if any(wrong.values()) else _with_derived(net, entry, filled, params))
@@ -325,6 +325,8 @@ def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor],
             wrong["missing"].extend([] if path in entry.sites and key in entry.method.optional_keys else [file_key])
         elif given.shape != t.shape:
             wrong["misshapen"].append(f"{file_key} {tuple(given.shape)}, not {tuple(t.shape)}")
+        elif not _same_type(given, t):
+            wrong["of another type"].append(f"{file_key} {given.dtype}, not {t.dtype}")
         else:
             found.setdefault(path, {})[key] = given
     if any(wrong.values()):
@@ -335,13 +337,19 @@ def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor],
         for name, t in _leaves_of(entry, path, given).items():
             place = _place_of(entry, fresh, path, name)
             before = placed.setdefault((place, name), t)
-            if path in entry.sites and (before.shape != t.shape or not torch.equal(before, t)):
+            if before is not t and path in entry.sites and (before.shape != t.shape or not torch.equal(before, t)):
                 rule = f"every site's copy of {name!r}, which sites share, must be the same"
                 raise errors.CheckpointError(errors.say(f"{entry.method.label} at {path!r}", rule, "another one"))
             tree = params if name in params.get(place, {}) else consts
             old = tree.setdefault(place, {}).get(name)
             tree[place][name] = t.clone() if old is None else t.to(dtype=old.dtype, device=old.device, copy=True)
     return fresh.replace(params=params, consts=consts)
+
+
+def _same_type(given: Tensor, wanted: Tensor) -> bool:
+    """Whether a cast keeps the numbers: floats are floats, whatever their width; indices may be stored as floats."""
+    kinds = [(t.is_complex(), t.dtype is torch.bool) for t in (given, wanted)]
+    return kinds[0] == kinds[1] and (given.is_floating_point() or not wanted.is_floating_point())
 
 
 def _with_derived(net: Net, entry: Entry, adapter: Adapter, params: Params) -> Adapter:

@@ -198,7 +198,7 @@ class AdaLoRA(Factored):
             scores[path] = s["E"][..., 0] + (s["A"].mean(-1) + s["B"].mean(-2))
         whole = torch.cat(list(scores.values())).sort().values
         dropped = (len(whole) - budget).clamp(0, len(whole))
-        limit = torch.where(dropped > 0, whole[(dropped - 1).clamp(min=0)], -torch.inf)
+        limit = torch.where(dropped > 0, whole.take((dropped - 1).clamp(min=0)), -torch.inf)
         return {p: s > limit for p, s in scores.items()}
 
     def pruned(self, adapter: Adapter, state: Allocation) -> tuple[AdaLoRA, Adapter]:

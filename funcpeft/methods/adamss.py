@@ -261,7 +261,7 @@ class AdaMSS(Method):
     def _kept(self, mean: Tree, deviation: Tree, kept: Mapping[str, Tensor], adapter: Adapter, step: Tensor) -> Leaves:
         scores = {p: self._scores(mean[p], deviation[p], adapter.consts[p]) for p in mean}
         whole = torch.cat([torch.where(kept[p], s, -torch.inf) for p, s in scores.items()])
-        limit = whole.sort(descending=True).values[self.budget(step, len(whole)) - 1]
+        limit = whole.sort(descending=True).values.take(self.budget(step, len(whole)) - 1)
         return {p: kept[p] & (s >= limit) for p, s in scores.items()}
 
     def _scores(self, mean: Leaves, deviation: Leaves, consts: Leaves) -> Tensor:

@@ -7,7 +7,9 @@ noise, so a fresh adapter changes the model a little. They are frozen leaves her
 base stays as it is: ``unmerge`` brings W back. They are found again where a file is read; in a base from which they were
 taken already, as peft leaves it, they are zero up to rounding. Dropout acts on the input of A alone.
 
-``penalty`` is the regulariser beta * |d|^2 + gamma * (|B^T B - I| + |A A^T - I|), summed over sites.
+``penalty`` is the regulariser, summed over sites:
+
+.. math:: \beta \|d\|^2 + \gamma \, (\|B^\top B - I\|_F + \|A A^\top - I\|_F)
 
 References:
     Wang et al., KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models, 2024, arXiv 2412.06071,

@@ -88,6 +88,11 @@ class OSF(Factored):
             known = None
         return self if known else replace(self, target_modules="all-linear")
 
+    def check_site(self, base: Base) -> None:
+        super().check_site(base)
+        rule = f"effective_rank must preserve one direction or more of {min(base.shape)}"
+        self.require_at(self.preserved(base) > 0, base, rule, 0, "give a larger rank, or leave the site out")
+
     def preserved(self, base: Base) -> int:
         """Returns k at a site."""
         m, pattern = min(base.shape), self.rank_pattern or FrozenDict()

@@ -135,12 +135,13 @@ class Poly(Method):
     def _tasks(self, base: Base, x: Tensor, context: Context) -> Tensor:
         tasks = context.value("task_ids")
         rule = "task_ids must be integers (rows,), one for each row of the input"
-        fits = tasks.ndim == 1 and not tasks.is_floating_point() and x.ndim > 1 and not x.shape[0] % max(len(tasks), 1)
-        self.require_at(fits, base, rule, f"{tasks.dtype} {tuple(tasks.shape)} with input {tuple(x.shape)}")
+        whole = not (tasks.is_floating_point() or tasks.is_complex() or tasks.dtype is torch.bool)
+        fits = whole and tasks.ndim == 1 and len(tasks) and x.ndim > 1 and not x.shape[0] % len(tasks)
+        self.require_at(bool(fits), base, rule, f"{tasks.dtype} {tuple(tasks.shape)} with input {tuple(x.shape)}")
         found = values_of(tasks) if not base.index else None  # the values of a call are the same at all sites
         if found is not None and not 0 <= found[0] <= found[1] < self.n_tasks:
             raise ValueError(errors.say(f"{self.label} at {base.path!r}", f"task_ids must be in [0, {self.n_tasks})", found))
-        return tasks
+        return tasks.long()  # bytes would be read as a mask
 
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
         """Takes the rank from the leaves."""
