@@ -407,8 +407,11 @@ def reloaded_differences(console: Console, task: Task, adapter: Any, ids: Tensor
     found = {"reloaded": difference(Task(net, task.params).logits(read, ids), wanted)}
     if importlib.util.find_spec("peft") is None:
         console.print("peft is not installed: the checkpoint was read back by funcpeft only")
-    else:
+        return found
+    try:
         found["read by peft"] = difference(_peft_logits(task, ids, path), wanted)
+    except RuntimeError as e:  # QA-LoRA, which peft has on GPTQ layers only
+        console.print(f"not read by peft: {str(e).splitlines()[0]}")
     return found
 
 
@@ -492,7 +495,12 @@ def make_task(s: Settings) -> Task:
     longest = int(getattr(model.config, "max_position_embeddings", 0))
     if s.tokens > longest:
         raise UserError(errors.say("--tokens", f"at most the base's context of {longest} is required", s.tokens))
-    return Task(make_net(model, s.method, s.fields), quantized(model, params, make_format(s.quantize)))
+    task = Task(make_net(model, s.method, s.fields), quantized(model, params, make_format(s.quantize)))
+    try:  # what a start or a call needs beside the base and text is found before the work
+        task.logits(task.net.init(task.params, s.seed), torch.zeros(1, 4, dtype=torch.int64))
+    except (ValueError, TypeError) as e:
+        raise UserError(errors.say("--method", "a method that needs the base and text alone is required", str(e))) from e
+    return task
 
 
 def run(s: Settings, console: Console | None = None) -> Result:

@@ -215,6 +215,15 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(saved):
     assert WEIGHTS in text
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_a_tensor_of_another_type_is_refused_by_key(saved, dtype):
+    folder, model, params, _ = saved
+    key = "base_model.model.up.lora_A.weight"
+    rewrite(folder, lambda t: t.update({key: t[key].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"of another type '{key} {dtype}, not torch.float32'"):
+        load_peft(model, params, folder)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_file_with_a_value_that_is_not_finite_is_refused_by_key(saved, value, dtype):

@@ -147,7 +147,11 @@ def test_tasks_must_be_those_of_the_rows():
     for odd in ([0, 3], [-1, 0]):
         with pytest.raises(ValueError, match=r"poly at '0': task_ids must be in \[0, 3\), got"):
             net(params, adapter, x, context=given(odd))
-    for odd in ([0.0], [[0, 1]], [0, 1, 2], []):
+    for narrow in (torch.uint8, torch.int8, torch.int16):
+        ids = torch.tensor([1, 1, 0, 2], dtype=narrow)
+        values = fp.Context(values={"task_ids": ids})
+        assert torch.equal(net(params, adapter, x, context=values), net(params, adapter, x, context=given([1, 1, 0, 2])))
+    for odd in ([True] * 4, [1j] * 4, [0.0], [[0, 1]], [0, 1, 2], []):
         with pytest.raises(
             ValueError, match=r"poly at '0': task_ids must be integers \(rows,\), one for each row of the input"
         ):
