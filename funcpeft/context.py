@@ -49,6 +49,8 @@ class Context:
             raise TypeError(errors.say("context", "seed must be an int or an integer tensor", repr(self.seed)))
         if isinstance(self.seed, int) and not -(2**63) <= self.seed < 2**64:
             raise ValueError(errors.say("context", "seed must have at most 64 bits", self.seed))
+        if not isinstance(self.values, Mapping):
+            raise TypeError(errors.say("context", "values must be a mapping of tensors", type(self.values).__name__))
         for name, value in self.values.items():
             if not isinstance(value, Tensor):
                 raise TypeError(errors.say("context", f"value {name!r} must be a tensor", type(value).__name__))
