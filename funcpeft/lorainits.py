@@ -353,7 +353,7 @@ def given_at(label: str, name: bool | str, base: Base, needs: Mapping[str, Any])
     """Returns what an init reads at a site of the arguments of ``net.init``.
 
     Raises:
-        ValueError: If it is not there, or belongs to a layer of another shape.
+        ValueError: If it is not there, is empty or not finite, or belongs to a layer of another shape.
     """
     row = row_of(name)
     everything = needs.get(row.need)
@@ -369,6 +369,9 @@ def given_at(label: str, name: bool | str, base: Base, needs: Mapping[str, Any])
     shape = tuple(base.site.shape) if row.need == "weights" else shapes.get(row.entry, (out, in_))
     if tuple(tensor.shape) != shape:
         raise ValueError(errors.say(where, f"{wanted} must have shape {shape}", tuple(tensor.shape), remedy))
+    numbers = [t for t in (found.values() if isinstance(found, Mapping) else (tensor,)) if isinstance(t, Tensor)]
+    if not tensor.numel() or not all(t.isfinite().all() for t in numbers):
+        raise ValueError(errors.say(where, f"{wanted} must be finite and not empty", None, remedy))
     return {row.need: found}
 
 

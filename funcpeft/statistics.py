@@ -153,7 +153,7 @@ def weight_gradients(
 
     Raises:
         TypeError: If a weight is not dense, or the model, a batch or the loss is of another kind.
-        ValueError: If there is no batch, or the loss is not a 0-d tensor.
+        ValueError: If there is no batch, the loss is not a 0-d tensor, or a gradient is not finite.
 
     Example:
         >>> import torch
@@ -182,6 +182,9 @@ def weight_gradients(
         count += 1
     if total is None:
         raise ValueError(errors.say(_GRADIENTS, "at least one batch is required", "none"))
+    for path, site in sites.items():
+        if not total[site.weight]["weight"].isfinite().all():
+            raise ValueError(errors.say(f"{_GRADIENTS} at {path!r}", "gradients must be finite", "NaN or infinity"))
     return {path: site.kind.matrix(total[site.weight]["weight"] / count).contiguous() for path, site in sites.items()}
 
 

@@ -299,6 +299,7 @@ ROWS = [
         "token_indices must be below 96, got 99",
     ),
     # calls
+    (lambda: Context(values=[1]), TypeError, "context: values must be a mapping of tensors, got list"),
     (lambda: Context(values={"tasks": [1]}), TypeError, "context: value 'tasks' must be a tensor, got list"),
     (lambda: Context().value("tasks"), ValueError, "the call needs the value 'tasks', got none; pass context=Context"),
     (lambda: net()(params(), adapter(), X, context=Context(values={"tasks": X})), ValueError, "that the net's methods read"),

@@ -255,3 +255,11 @@ def test_a_grouped_convolution_is_refused():
     model, _ = fp.functionalize(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
     with pytest.raises(ValueError, match="a convolution must have one group"):
         fp.adapt(model, fp.AdaLoRA(**{**FIELDS, "target_modules": ["0"]}))
+
+
+@pytest.mark.parametrize(
+    "pattern", [{"lin0": [True] * 4}, {"lin0.lora_E": [True]}, {"lin0.lora_E": [1, 1, 0, 0]}, {"lin0.lora_E": 4}]
+)
+def test_a_rank_pattern_is_one_boolean_per_triplet(pattern):
+    with pytest.raises(ValueError, match=r"adalora: rank_pattern\['lin0.*a list of init_r = 4 booleans, under a path with"):
+        fp.AdaLoRA(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, rank_pattern=pattern)

@@ -476,6 +476,8 @@ def test_shira_takes_masks():
         net.init(params, 0, masks={"site": mask & (torch.arange(6) < 2)[:, None]})
     with pytest.raises(ValueError, match=r"a mask must have shape \(6, 5\), got \(5, 6\)"):
         net.init(params, 0, masks={"site": mask.T})
+    with pytest.raises(ValueError, match=r"shira at .site.: a mask must be boolean, got torch\.float32"):
+        net.init(params, 0, masks={"site": mask.float()})
     with pytest.raises(errors.NameMissingError, match="masks must be of sites, got 'sight'"):
         net.init(params, 0, masks={"sight": mask})
 

@@ -558,9 +558,31 @@ def test_data_is_checked(init, needs, match):
         net.init(params, 0, **needs)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_covariance_that_cannot_invert_is_refused_and_no_loop(value):
+def one_site(init):
     model, params = functionalize(nn.Sequential(nn.Linear(4, 4)))
-    net = adapt(model, LoRA(r=1, target_modules=["0"], init_lora_weights="corda"))
+    return model, params, adapt(model, LoRA(r=1, target_modules=["0"], init_lora_weights=init))
+
+
+def test_a_covariance_that_cannot_invert_is_refused_and_no_loop():
+    _, params, net = one_site("corda")
     with pytest.raises(ValueError, match="a covariance must be finite, with a diagonal whose mean is above 0"):
-        net.init(params, 0, statistics={"0": {"covariance": torch.full((4, 4), value)}})
+        net.init(params, 0, statistics={"0": {"covariance": torch.zeros(4, 4)}})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_data_that_is_not_finite_or_empty_is_refused_by_site(value):
+    bad = torch.full((4, 4), value)
+    found = {"components": bad, "singular": torch.ones(4), "explained": torch.ones(4) / 4}
+    for init, needs in (
+        ("corda", {"statistics": {"0": {"covariance": bad}}}),
+        ("eva", {"statistics": {"0": found}}),
+        ("eva", {"statistics": {"0": {k: t[:0] for k, t in found.items()}}}),
+        ("lora_ga", {"gradients": {"0": bad}}),
+    ):
+        _, params, net = one_site(init)
+        with pytest.raises(ValueError, match=r"lora at .0.: .* must be finite and not empty"):
+            net.init(params, 0, **needs)
+    model, params, _ = one_site(True)
+    batches = [torch.full((2, 4), value)]
+    with pytest.raises(ValueError, match="weight_gradients at '0': gradients must be finite"):
+        weight_gradients(model, params, lambda out, batch: out.sum(), batches, target_modules=["0"], progress=False)

@@ -139,7 +139,7 @@ def test_given_weights_make_one_pass(made):
         w[..., 2] = 1
         got = net(params, adapter, input_ids=IDS, context=fp.Context(values={"xlora_scalings": w})).logits
         assert (got - plain(params, made[2][2], input_ids=IDS).logits).abs().max() < 1e-6
-    with pytest.raises(ValueError, match=r"xlora at .*: xlora_scalings must be \(rows, T, L or 1, K\) for the rows and tokens"):
+    with pytest.raises(ValueError, match=r"xlora at .*: xlora_scalings must be \(rows, T, L or 1, K = 3\) for the rows"):
         net(params, adapter, input_ids=IDS[:, :4], context=fp.Context(values={"xlora_scalings": w}))
     with pytest.raises(ValueError, match="xlora: generate computes xlora_scalings for all tokens at every step"):
         net.call("generate", params, adapter, input_ids=IDS, context=fp.Context(values={"xlora_scalings": w}))
@@ -170,9 +170,9 @@ def test_layouts_of_a_layers_input():
     (base, *_) = net.bases(net.entries[0], params).values()
     w = torch.softmax(zoo.noise(2, 3, 1, 4), -1)
     context, method = fp.Context(values={"xlora_scalings": w}), net.methods[0]
-    assert torch.equal(method.weights(base, torch.zeros(2, 3, 5), context), w[:, :, 0])
-    assert torch.equal(method.weights(base, torch.zeros(6, 5), context), w[:, :, 0].flatten(0, 1))
-    assert torch.equal(method.weights(base, torch.zeros(2, 7, 3, 5), context), w[:, None, :, 0])
+    assert torch.equal(method.weights(base, torch.zeros(2, 3, 5), context, 4), w[:, :, 0])
+    assert torch.equal(method.weights(base, torch.zeros(6, 5), context, 4), w[:, :, 0].flatten(0, 1))
+    assert torch.equal(method.weights(base, torch.zeros(2, 7, 3, 5), context, 4), w[:, None, :, 0])
 
 
 def test_weights_that_a_site_keeps():

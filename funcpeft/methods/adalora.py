@@ -99,6 +99,10 @@ class AdaLoRA(Factored):
         self.require(self.target_r <= self.init_r, "target_r", f"at most init_r = {self.init_r}", self.target_r)
         self.require_probability("lora_dropout")
         self.require_bias()
+        for key, kept in (self.rank_pattern or {}).items():
+            fits = isinstance(kept, tuple) and len(kept) == self.init_r and all(type(k) is bool for k in kept)
+            name, rule = f"rank_pattern[{key!r}]", f"a list of init_r = {self.init_r} booleans, under a path with {_E!r}"
+            self.require(fits and key.endswith(_E), name, rule, kept)
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:

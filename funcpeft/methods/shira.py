@@ -100,6 +100,7 @@ class SHiRA(Additive):
 
     def _positions(self, base: Base, mask: Tensor) -> Tensor:
         self.require_at(mask.shape == base.shape, base, f"a mask must have shape {tuple(base.shape)}", tuple(mask.shape))
+        self.require_at(mask.dtype is torch.bool, base, "a mask must be boolean", mask.dtype, "compare it, as in mask > 0")
         positions = mask.nonzero().T.to(torch.int32).contiguous()
         count = self.count(base)
         self.require_at(positions.shape[1] == count, base, f"a mask must have {count} ones", positions.shape[1])

@@ -278,21 +278,22 @@ class XLoRA(Method):
             raise ValueError(errors.say(self.label, rule, f"xlora_dropout_p={p}", remedy))
         return context.dropout(h, p, layer)
 
-    def weights(self, base: Base, x: Tensor, context: Context) -> Tensor:
-        """Returns the weights of the experts at a site for every entry of its input: ``(..., K)``."""
+    def weights(self, base: Base, x: Tensor, context: Context, experts: int) -> Tensor:
+        """Returns the weights of so many experts at a site for every entry of its input: ``(..., K)``."""
         w = context.value("xlora_scalings")
         shape = tuple(x.shape if base.takes_ids else x.shape[:-1])
         rows, count = w.shape[:2] if w.ndim == 4 else (0, 0)
         fits = shape == (rows * count,) or (len(shape) > 1 and (shape[0], shape[-1]) == (rows, count))
-        rule = "xlora_scalings must be (rows, T, L or 1, K) for the rows and tokens of the input"
-        self.require_at(w.ndim == 4 and fits, base, rule, f"{tuple(w.shape)} with input {tuple(x.shape)}")
+        held = w.ndim == 4 and w.shape[3] == experts and (w.shape[2] == 1 or base.index < w.shape[2])
+        rule = f"xlora_scalings must be (rows, T, L or 1, K = {experts}) for the rows and tokens of the input"
+        self.require_at(held and fits, base, rule, f"{tuple(w.shape)} with input {tuple(x.shape)}")
         own = w[:, :, base.index if w.shape[2] > 1 else 0]
         own = own.reshape(*(shape if len(shape) == 1 else (rows, *(1 for _ in shape[1:-1]), count)), own.shape[-1])
         return kept(own, self.top_k_lora, softmax=self.enable_softmax_topk)
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
         a, b = leaves["A"], leaves["B"]
-        gain = self.global_scaling_weight * leaves["scaling"] * self.weights(base, x, context).to(a.dtype)
+        gain = self.global_scaling_weight * leaves["scaling"] * self.weights(base, x, context, len(a)).to(a.dtype)
         if base.takes_ids or not (context.training and self.lora_dropout):
             hidden = base.map(x, a.flatten(0, 1)).unflatten(-1, a.shape[:2])
         else:  # every expert drops elements of its own
