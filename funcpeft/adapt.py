@@ -353,9 +353,8 @@ class Net:
         """
         given = self._matched(adapter)
         context = replace(context, values={})
-        return torch.stack(
-            [e.method.penalty(one, context.at(i)) for i, (e, one) in enumerate(zip(self.entries, given, strict=True))]
-        ).sum()
+        parts = [e.method.penalty(one, context.at(i)) for i, (e, one) in enumerate(zip(self.entries, given, strict=True))]
+        return functools.reduce(torch.add, parts)  # a method without one gives a zero on the CPU
 
     def project_grads(self, params: Params, grads: Any, adapter: Adapters) -> Any:
         """Returns gradients as the net's methods want them stepped; unchanged for methods that do not say.

@@ -33,7 +33,7 @@ def replicate_layers(module: nn.Module, ranges: Sequence[Sequence[int]], *, laye
         the new layers, and ``layer_replication`` holds the ranges.
 
     Raises:
-        ValueError: If a range is empty or reaches beyond the layers, or no list of layers, or more than one, is found.
+        ValueError: If there is no range, one is empty or reaches beyond the layers, or no list of layers, or more than one, is found.
 
     Example:
         >>> import torch
@@ -49,6 +49,8 @@ def replicate_layers(module: nn.Module, ranges: Sequence[Sequence[int]], *, laye
     found = dict(module.named_modules(remove_duplicate=False)).get(path)
     if not isinstance(found, nn.ModuleList):
         raise ValueError(errors.say(f"replicate_layers of {name}", "layers must be the path of a ModuleList", repr(path)))
+    if not isinstance(ranges, list | tuple) or not ranges:
+        raise ValueError(errors.say(f"replicate_layers of {name}", "ranges must be [start, end) pairs, at least one", ranges))
     chosen = [i for pair in ranges for i in _indices(pair, len(found), name)]
     kept = {id(t): t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
     made = copy.deepcopy(module, dict(kept))
@@ -66,9 +68,9 @@ def replicate_layers(module: nn.Module, ranges: Sequence[Sequence[int]], *, laye
 
 
 def _indices(pair: Sequence[int], count: int, name: str) -> range:
-    ok = len(pair) == 2 and all(isinstance(i, int) for i in pair) and 0 <= pair[0] < pair[1] <= count
-    if not ok:
-        raise ValueError(errors.say(f"replicate_layers of {name}", f"a range must be [start, end) in 0 to {count}", list(pair)))
+    ok = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(i) is int for i in pair)
+    if not ok or not 0 <= pair[0] < pair[1] <= count:
+        raise ValueError(errors.say(f"replicate_layers of {name}", f"a range must be [start, end) in 0 to {count}", pair))
     return range(*pair)
 
 

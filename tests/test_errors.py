@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from funcpeft import errors, testing
@@ -30,7 +31,7 @@ from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.layers import Kind
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
-from funcpeft.methods import IA3, OFT, DoRA, Full, LoKr, LoRA, MiSS, PrefixTuning, RoAd, SHiRA, TrainableTokens
+from funcpeft.methods import IA3, OFT, DoRA, Full, HiRA, LoKr, LoRA, MiSS, PrefixTuning, RoAd, SHiRA, TrainableTokens
 from funcpeft.quant import NF4, Codebook, Dense, Int8
 from funcpeft.quant.format import Format
 from funcpeft.quantization import quantize
@@ -121,8 +122,6 @@ def config(**fields):
 
 def tensors(change):
     def rewrite(folder):
-        from safetensors.torch import load_file, save_file
-
         found = load_file(folder / "adapter_model.safetensors")
         save_file(change(found), folder / "adapter_model.safetensors")
 
@@ -162,6 +161,14 @@ class Recurrent(nn.Module):
 
     def forward(self, x, past_key_values=None):
         return self.up(x)
+
+
+def read_without_axes(folder):
+    hira = net(HiRA(r=1, target_modules=["up"]))
+    save_peft(hira, hira.init(params(), 0), folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: t.sum() for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+    load_peft(model(), params(), folder)
 
 
 def saved_without_head(folder):
@@ -438,6 +445,7 @@ ROWS = [
         F,
         r"adapter_model.safetensors must be there, got \['adapter_config",
     ),
+    (read_without_axes, C, "adapter_model.safetensors: tensors must have the axes of hira, got fewer"),
     (
         lambda: load_peft(model(), params(), "no/such/folder"),
         F,

@@ -215,6 +215,14 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(saved):
     assert WEIGHTS in text
 
 
+def test_a_tensor_of_eight_bits_is_read_as_floats(saved):
+    folder, model, params, _ = saved
+    key = "base_model.model.up.lora_A.weight"
+    rewrite(folder, lambda t: t.update({key: t[key].to(torch.float8_e4m3fn)}))
+    _, adapter = load_peft(model, params, folder)
+    assert adapter.params["up"]["A"].dtype is torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_a_tensor_of_another_type_is_refused_by_key(saved, dtype):
     folder, model, params, _ = saved

@@ -206,6 +206,7 @@ def test_fields_and_models_that_do_not_fit():
     adapter = net.init(params, 0)
     with pytest.raises(ValueError, match="alora: a call needs input_ids"):
         net(params, adapter, torch.ones(2, 5, 4))
-    for odd in (torch.zeros(2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)):
+    integers = [torch.zeros(shape, dtype=torch.int64) for shape in ((2, 1), (3,), (0,))]
+    for odd in (torch.zeros(2), torch.ones(2) > 0, torch.zeros(2, dtype=torch.complex64), *integers):
         with pytest.raises(ValueError, match=r"alora_offsets must be integers \(rows,\), one for each row of the input"):
             net(params, adapter, torch.ones(2, 5, 4), context=fp.Context(values={"alora_offsets": odd}))

@@ -443,6 +443,9 @@ def test_a_direction_is_put_in_once():
     assert not torch.allclose(grad(settled, X[:2])["0"]["A"], grad(adapter, X[:2])["0"]["A"], atol=1e-3)
     with pytest.raises(KeyError, match="velora: averaged: paths must be of sites, got '1'; known are '0'"):
         method.averaged(adapter, {"1": X.mean(0)})
+    for mean in (X.mean(0)[:-1], X.mean(0) * float("nan")):
+        with pytest.raises(ValueError, match="velora at '0': a mean input must be finite and have shape"):
+            method.averaged(adapter, {"0": mean})
 
 
 @pytest.mark.parametrize(

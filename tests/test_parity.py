@@ -66,7 +66,7 @@ def perturb(model):
     torch.manual_seed(9)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.requires_grad and "ranknum" not in name:  # which no file holds, see test_methods_adalora.py
+            if p.requires_grad and "ranknum" not in name:  # which no file holds, see test_differences_adalora_osf_adamss.py
                 p.add_(0.2 * torch.randn_like(p))
 
 

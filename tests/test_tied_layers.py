@@ -46,6 +46,13 @@ def theirs(module, **fields):
     return wrapped
 
 
+def test_a_magnitude_of_an_embedding_is_not_tied_to_a_head():
+    model, params = fp.functionalize(tied())
+    net = fp.adapt(model, fp.DoRA(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
+    with pytest.raises(ValueError, match="the magnitude of an embedding has no counterpart at its tied head"):
+        net(params, net.init(params, 0), input_ids=IDS)
+
+
 TIES = [
     {"target_modules": ["embed_tokens"]},
     {"target_modules": ["embed_tokens", "lm_head"]},
@@ -222,9 +229,15 @@ def test_a_net_needs_the_layers_that_its_method_names():
         fp.adapt(model, fp.LoRA(target_modules=["q_proj"], layer_replication=RANGES))
 
 
-@pytest.mark.parametrize("ranges", [[[0, 3]], [[1, 1]], [[-1, 1]], [[0]]])
+@pytest.mark.parametrize("ranges", [[[0, 3]], [[1, 1]], [[-1, 1]], [[0]], [0, 2], [[False, True]]])
 def test_a_range_beyond_the_layers_is_refused(ranges):
     with pytest.raises(ValueError, match=r"a range must be \[start, end\) in 0 to 2"):
+        fp.replicate_layers(deep(), ranges)
+
+
+@pytest.mark.parametrize("ranges", [[], None, 3])
+def test_there_must_be_a_range(ranges):
+    with pytest.raises(ValueError, match=r"ranges must be \[start, end\) pairs, at least one"):
         fp.replicate_layers(deep(), ranges)
 
 

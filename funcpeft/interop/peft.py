@@ -148,7 +148,11 @@ def load_peft(
     config = read_config(folder / CONFIG)
     tensors = read_tensors(folder / WEIGHTS)
     method = method_of(config, str(folder / CONFIG)).completed(needs)
-    method = method.as_written({key.removeprefix(_ROOT): t.shape for key, t in tensors.items()})
+    try:
+        method = method.as_written({key.removeprefix(_ROOT): t.shape for key, t in tensors.items()})
+    except IndexError as e:
+        rule = f"tensors must have the axes of {method.label}"
+        raise errors.CheckpointError(errors.say(str(folder / WEIGHTS), rule, "fewer")) from e
     net = adapt(model, _without_absent_heads(model, method, config))
     return net, fill(net, params, tensors, str(folder / WEIGHTS), **needs)
 
@@ -283,7 +287,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise errors.CheckpointError(
             errors.say(str(path), "every tensor must be finite", f"NaN or infinity in {errors.listed(broken)}")
         )
-    return tensors
+    return {k: t.float() if t.is_floating_point() and t.itemsize == 1 else t for k, t in tensors.items()}
 
 
 def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str, **needs: Any) -> Any:

@@ -118,9 +118,9 @@ class aLoRA(LoRA):
     def _offsets(self, base: Base, x: Tensor, context: Context) -> Tensor:
         offsets = context.value("alora_offsets")
         rule = "alora_offsets must be integers (rows,), one for each row of the input"
-        fits = offsets.ndim == 1 and not offsets.is_floating_point()
-        fits = fits and x.ndim > 1 and not x.shape[0] % max(len(offsets), 1)
-        self.require_at(fits, base, rule, f"{offsets.dtype} {tuple(offsets.shape)} with input {tuple(x.shape)}")
+        whole = not (offsets.is_floating_point() or offsets.is_complex() or offsets.dtype is torch.bool)
+        fits = whole and offsets.ndim == 1 and len(offsets) and x.ndim > 1 and not x.shape[0] % len(offsets)
+        self.require_at(bool(fits), base, rule, f"{offsets.dtype} {tuple(offsets.shape)} with input {tuple(x.shape)}")
         return offsets
 
     def wrap(self, leaves: Leaves, call: Call, kind: str, facts: Any) -> Call:

@@ -116,6 +116,10 @@ class VeLoRA(LoRA):
             if path not in consts:
                 hint = errors.nearest(path, consts)
                 raise errors.NameMissingError(errors.say(f"{self.label}: averaged", "paths must be of sites", repr(path), hint))
+            width = adapter.params[path]["A"].shape[-1]
+            if tuple(mean.shape) != (width,) or not mean.isfinite().all():
+                where, rule = f"{self.label} at {path!r}", f"a mean input must be finite and have shape ({width},)"
+                raise ValueError(errors.say(where, rule, tuple(mean.shape)))
             consts[path]["e"] = unit(grouped(mean, self.option("num_groups")).mean(0)).to(consts[path]["e"])
         return adapter.replace(consts=consts)
 
