@@ -12,6 +12,7 @@ give ``init_site`` and ``merge`` (or ``delta``), and hand an instance to ``funcp
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
@@ -29,6 +30,14 @@ __all__ = ["Additive", "Factor", "Facts", "FrozenDict", "Method", "by_pattern", 
 
 #: What a class changes its formula by; forms of an older formula that it inherits do not count then.
 _FORMULA = frozenset({"apply", "delta", "merge", "product"})
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number of a field is NaN or infinite, at any depth."""
+    if isinstance(value, Mapping | tuple):
+        return all(map(_finite, value.values() if isinstance(value, Mapping) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
 
 #: What ``Method.factors`` gives of a leaf: two factors of its gradient, or the terms of a vector's.
 Factor = Tensor | tuple[Tensor, Tensor]
@@ -142,6 +151,7 @@ class Method:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, freeze(getattr(self, f.name)))
+            self.require(_finite(getattr(self, f.name)), f.name, "finite", getattr(self, f.name))
 
     # -- the pure functions ------------------------------------------------------------------------------------------
 

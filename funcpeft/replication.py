@@ -33,7 +33,7 @@ def replicate_layers(module: nn.Module, ranges: Sequence[Sequence[int]], *, laye
         the new layers, and ``layer_replication`` holds the ranges.
 
     Raises:
-        ValueError: If there is no range, one is empty or reaches beyond the layers, or no list of layers, or more than one, is found.
+        ValueError: If there is no range, one is empty or reaches beyond the layers, or not exactly one list of layers is found.
 
     Example:
         >>> import torch

@@ -586,3 +586,15 @@ def test_data_that_is_not_finite_or_empty_is_refused_by_site(value):
     batches = [torch.full((2, 4), value)]
     with pytest.raises(ValueError, match="weight_gradients at '0': gradients must be finite"):
         weight_gradients(model, params, lambda out, batch: out.sum(), batches, target_modules=["0"], progress=False)
+
+
+@pytest.mark.parametrize("alpha", [{"lora_alpha": 0}, {"lora_alpha": -1.0}, {"alpha_pattern": {"0": 0}}])
+def test_factors_of_the_weight_need_a_positive_alpha(alpha):
+    with pytest.raises(ValueError, match="lora: lora_alpha must be positive with init 'pissa', got"):
+        LoRA(init_lora_weights="pissa", **alpha)
+
+
+@pytest.mark.parametrize("field", [{"lora_alpha": float("nan")}, {"alpha_pattern": {"0": float("inf")}}])
+def test_a_field_that_is_not_finite_is_refused(field):
+    with pytest.raises(ValueError, match=f"lora: {next(iter(field))} must be finite, got"):
+        LoRA(**field)

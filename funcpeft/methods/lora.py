@@ -123,6 +123,8 @@ class LoRA(Additive):
         if lorainits.key_of(init) is None:
             raise ValueError(errors.one_of(self.label, "init_lora_weights", self.init_lora_weights, lorainits.TABLE))
         object.__setattr__(self, "init_lora_weights", init)
+        alphas, measured = (self.lora_alpha, *self.alpha_pattern.values()), lorainits.row_of(init).measured
+        self.require(not measured or min(alphas) > 0, "lora_alpha", f"positive with init {init!r}", min(alphas))
         alone = init != "mica" or not self.peft_switch
         self.require(alone, "init_lora_weights", "another one than 'mica', a variant by itself", init, "use LoRA, or True")
         for name in lorainits.OPTIONS:
