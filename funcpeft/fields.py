@@ -1,11 +1,14 @@
-"""Values of a method's fields: lists and dicts that do not change, so that a method hashes, and patterns of paths.
+"""Values of a method's fields: lists and dicts that do not change, so that a method hashes, their types, patterns of paths.
 
 Imports nothing of the package.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +42,52 @@ def thaw(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: thaw(v) for k, v in value.items()}
     return [thaw(v) for v in value] if isinstance(value, tuple) else value
+
+
+def finite(value: Any) -> bool:
+    """Whether no number of a frozen value is NaN, infinite or an integer that torch cannot count to, at any depth."""
+    if isinstance(value, Mapping | tuple):
+        return all(map(finite, value.values() if isinstance(value, Mapping) else value))
+    return -(2**63) <= value < 2**63 if isinstance(value, int) else not isinstance(value, float) or math.isfinite(value)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a frozen value is of an annotated type: a bool is no number, an integer is a float too, a list is a tuple."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, arg) for arg in args)
+    if origin in (tuple, list):
+        if origin is tuple and args[-1] is not Ellipsis:
+            return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
+        return isinstance(value, tuple) and all(fits(v, args[0]) for v in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return value is None if hint in (None, type(None)) else isinstance(value, origin or hint)
+
+
+_WORDS = {
+    bool: ("True or False", "booleans"),
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    type(None): ("None", ""),
+}
+
+
+def described(hint: Any) -> str:
+    """Says in words what ``fits`` takes."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(described(arg) for arg in args))
+    if origin in (tuple, list, Mapping):
+        one = args[1 if origin is Mapping else 0]
+        of = "pairs" if typing.get_origin(one) is tuple else _WORDS.get(one, ("", ""))[1]
+        return " of ".join(part for part in ("a dict" if origin is Mapping else "a list", of) if part)
+    return _WORDS[hint][0] if hint in _WORDS else f"a {getattr(hint, '__name__', hint)}"
 
 
 def pattern_matches(pattern: str, path: str) -> bool:

@@ -466,12 +466,9 @@ def options(label: str, name: str, given: Mapping[str, Any] | None) -> FrozenDic
     """Returns the options of an init, those that are not given at their defaults.
 
     Raises:
-        TypeError: If they are no mapping.
         ValueError: If a key is unknown or a value is not valid.
     """
     where, known = f"{label}: {name}_config", OPTIONS[name]
-    if given is not None and not isinstance(given, Mapping):
-        raise TypeError(errors.say(where, "a mapping or None is required", type(given).__name__))
     for key, value in (given or {}).items():
         if key not in known:
             raise ValueError(errors.say(where, "keys must be known", repr(key), errors.nearest(str(key), known)))

@@ -6,13 +6,12 @@ formula does. It knows no module, no file and no batch. Its class variables say 
 
 To write one: subclass ``Method`` (or ``Additive`` if all it does is add a matrix), state the formula in the docstring,
 give ``init_site`` and ``merge`` (or ``delta``), and hand an instance to ``funcpeft.testing.check_method``. Without an
-``apply`` of its own, a method meets the merged weight. Imports weights, rng, tree, errors.
+``apply`` of its own, a method meets the merged weight. Imports weights, checked, rng, tree, errors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from funcpeft import errors, rng
+from funcpeft.checked import Checked
 from funcpeft.context import EVAL, Context
 from funcpeft.fields import FrozenDict, by_pattern, freeze, pattern_matches, thaw
 from funcpeft.tree import Adapter, Leaves, Tree
@@ -30,13 +30,6 @@ __all__ = ["Additive", "Factor", "Facts", "FrozenDict", "Method", "by_pattern", 
 
 #: What a class changes its formula by; forms of an older formula that it inherits do not count then.
 _FORMULA = frozenset({"apply", "delta", "merge", "product"})
-
-
-def _finite(value: Any) -> bool:
-    """Whether no number of a field is NaN or infinite, at any depth."""
-    if isinstance(value, Mapping | tuple):
-        return all(map(_finite, value.values() if isinstance(value, Mapping) else value))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 #: What ``Method.factors`` gives of a leaf: two factors of its gradient, or the terms of a vector's.
@@ -68,7 +61,7 @@ class Facts(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Checked):
     """The contract. Fields are those every method shares; peft's names and meaning.
 
     Args:
@@ -147,11 +140,6 @@ class Method:
         super().__init_subclass__(**kwargs)
         if _FORMULA & vars(cls).keys() and "apply_rows" not in vars(cls):  # the batched form is of the formula beside it
             cls.apply_rows = Method.apply_rows
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, freeze(getattr(self, f.name)))
-            self.require(_finite(getattr(self, f.name)), f.name, "finite", getattr(self, f.name))
 
     # -- the pure functions ------------------------------------------------------------------------------------------
 
@@ -315,11 +303,6 @@ class Method:
     # -- as data -----------------------------------------------------------------------------------------------------
 
     @property
-    def label(self) -> str:
-        """Name of the method in messages."""
-        return type(self).__name__.lower()
-
-    @property
     def neutral(self) -> bool:
         """Whether a fresh adapter of this variant changes nothing; by default as the class says of all."""
         return self.identity_at_init
@@ -424,23 +407,6 @@ class Method:
                     errors.say(f"save_peft of {self.label}", f"peft has no field {name!r}", repr(getattr(self, name)))
                 )
         return {**fields, **thaw(freeze(self.peft_fixed))}
-
-    def require(self, ok: bool, field: str, rule: str, found: object, remedy: str = "") -> None:
-        """Raises ``ValueError`` naming the method and the field unless ``ok``."""
-        if not ok:
-            raise ValueError(errors.say(self.label, f"{field} must be {rule}", repr(found), remedy))
-
-    def require_positive(self, *fields: str) -> None:
-        """Raises ``ValueError`` unless these fields are positive integers."""
-        for name in fields:
-            v = getattr(self, name)
-            self.require(isinstance(v, int) and not isinstance(v, bool) and v > 0, name, "a positive integer", v)
-
-    def require_probability(self, *fields: str) -> None:
-        """Raises ``ValueError`` unless these fields are in [0, 1)."""
-        for name in fields:
-            v = getattr(self, name)
-            self.require(isinstance(v, int | float) and 0 <= v < 1, name, "in [0, 1)", v)
 
     def require_bias(self) -> None:
         """Raises ``ValueError`` unless ``bias`` says which biases are trained."""

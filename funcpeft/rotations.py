@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: The most terms of a series: none has more that matter, and each costs a product.
+MOST_TERMS = 1000
+
 
 def skew(vector: Tensor, size: int) -> Tensor:
     """Returns the skew-symmetric matrices ``(..., size, size)`` whose strict upper triangles, row by row, are given."""

@@ -76,11 +76,11 @@ def trainable_counts(net: Net, entry: Entry) -> dict[str, int]:
     return {path: sum(t.numel() for t in leaves.values()) for path, leaves in shapes_of(net, entry).params.items()}
 
 
-def shapes_of(net: Net, entry: Entry) -> Adapter:
-    """Returns what init makes for an entry, without values: it runs on the meta device."""
+def shapes_of(net: Net, entry: Entry, **needs: Any) -> Adapter:
+    """Returns what init makes for an entry, without values: it runs on the meta device; ``needs`` as init takes them."""
     params = {k: torch.empty(s, dtype=net.model.dtypes[k], device="meta") for k, s in net.model.shapes.items()}
     with torch.device("meta"):
-        extra: dict[str, Any] = {"facts": ModelFacts(net.model, params)} if entry.method.wraps else {}
+        extra: dict[str, Any] = {**needs, "facts": ModelFacts(net.model, params)} if entry.method.wraps else needs
         if entry.method.sited and entry.method.needs:  # data there is none here; shapes are those of a file
-            extra["inference_mode"] = True
+            extra = {**extra, "inference_mode": True}
         return entry.method.init(net.bases(entry, params), seed=0, **extra)

@@ -475,6 +475,7 @@ ROWS = [
     ),
     (lambda: facts().head(X), V, "the model must have a language model's head"),
     (lambda: facts().classifier(), V, "the model must have a linear head 'score' or 'classifier'"),
+    (config(r=2**62), C, "the config of lora must give tensors of possible sizes"),
     (config(r=-1), C, "the fields must make a LoRA, got lora: r must be a positive integer, got -1"),
     (
         raw("adapter_model.safetensors", "x"),
@@ -660,7 +661,8 @@ WITHOUT = {
     ("layers.py", "Kind.adjoint"): "as above",
     ("standins.py", "StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
     ("__main__.py", "<module>"): "the exit code of the command",
-    ("interop/peft.py", "_fill_entry"): "of copies that sites share, test_methods_lily.py",
+    ("interop/peft.py", "_filled"): "of copies that sites share, test_methods_lily.py",
+    ("interop/peft.py", "_leaves_of"): "of places that a file holds, test_fields.py",
     ("interop/peft.py", "_require_equal"): "of a tied weight's two modules, test_tied_layers.py",
 }
 

@@ -136,7 +136,7 @@ def test_a_broken_tensor_file_is_refused_by_its_path(saved, change):
         ('{"peft_type": 3}', "an object with a peft_type"),
         ('{"peft_type": "LORRA"}', "peft_type must be a registered method, got 'LORRA'; did you mean 'LORA'"),
         ('{"peft_type": "LORA", "task_type": "CHAT"}', "task_type must be one of 'SEQ_CLS'.*got 'CHAT'"),
-        ('{"peft_type": "LORA", "r": "8"}', "the fields must make a LoRA, got lora: r must be a positive integer"),
+        ('{"peft_type": "LORA", "r": "8"}', "the fields must make a LoRA, got lora: r must be an integer, got '8'"),
         ('{"peft_type": "LORA", "r": 0}', "the fields must make a LoRA"),
         ('{"peft_type": "LORA", "rank_pattern": [1]}', "the fields must make a LoRA"),
         ('{"peft_type": "LORA", "init_lora_weights": "magic"}', "init_lora_weights must be one of"),

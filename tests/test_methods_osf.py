@@ -76,6 +76,8 @@ def test_what_is_preserved_gets_no_gradient(name):
 @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True, "2"])
 def test_ranks_are_checked(rank):
     with pytest.raises(ValueError, match="effective_rank must be None, a positive integer or a fraction"):
+        fp.OSF(rank_pattern={"lin": rank})
+    with pytest.raises(ValueError, match="effective_rank must be"):
         fp.OSF(effective_rank=rank)
 
 

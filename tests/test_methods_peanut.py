@@ -90,8 +90,8 @@ def test_the_transposed_layer_is_the_derivative_by_the_input(make):
     ("fields", "text"),
     [
         ({"r": 0}, "r must be a positive integer, got 0"),
-        ({"depth": -1}, "depth must be a non-negative integer, got -1"),
-        ({"depth": True}, "depth must be a non-negative integer, got True"),
+        ({"depth": -1}, "depth must be from 0 to 1000, got -1"),
+        ({"depth": True}, "depth must be an integer, got True"),
         ({"act_fn": "prelu"}, "act_fn must be one of 'gelu', 'gelu_10'.*got 'prelu'"),
     ],
 )

@@ -274,7 +274,7 @@ def test_the_series_and_the_exact_form_turn_in_opposite_directions():
     ("make", "text"),
     [
         (lambda: BOFT(boft_block_size=-1), "boft: boft_block_size must be a non-negative integer, got -1"),
-        (lambda: BOFT(boft_block_size=0, boft_block_num=1.5), "boft_block_num must be a non-negative integer, got 1.5"),
+        (lambda: BOFT(boft_block_size=0, boft_block_num=1.5), "boft_block_num must be an integer, got 1.5"),
         (lambda: BOFT(boft_block_num=2), "such that exactly one of boft_block_size and boft_block_num is not 0, got (4, 2)"),
         (lambda: BOFT(boft_block_size=0), "such that exactly one of boft_block_size and boft_block_num is not 0, got (0, 0)"),
         (lambda: BOFT(boft_n_butterfly_factor=0), "boft_n_butterfly_factor must be a positive integer, got 0"),
@@ -287,7 +287,7 @@ def test_the_series_and_the_exact_form_turn_in_opposite_directions():
         (lambda: HiRA(hira_dropout=-0.1), "hira_dropout must be in [0, 1), got -0.1"),
         (lambda: HiRA(init_weights="zeros"), "init_weights must be one of True, False, 'gaussian', got 'zeros'"),
         (lambda: PSOFT(r=0), "psoft: r must be a positive integer, got 0"),
-        (lambda: PSOFT(num_cayley_neumann_terms=0), "num_cayley_neumann_terms must be a positive integer, got 0"),
+        (lambda: PSOFT(num_cayley_neumann_terms=0), "num_cayley_neumann_terms must be from 1 to 1000, got 0"),
         (lambda: PSOFT(psoft_svd_lowrank_niter=0), "psoft_svd_lowrank_niter must be a positive integer, got 0"),
         (lambda: PSOFT(psoft_alpha=0), "psoft_alpha must be positive, got 0"),
         (lambda: PSOFT(psoft_dropout=2), "psoft_dropout must be in [0, 1), got 2"),

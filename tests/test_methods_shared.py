@@ -437,7 +437,7 @@ REFUSED = [
     (fp.PVeRA, {"projection_prng_key": 1.5}, "projection_prng_key must be an integer, got 1.5"),
     (fp.PVeRA, {"pvera_dropout": -0.1}, r"pvera_dropout must be in \[0, 1\), got -0.1"),
     (fp.PVeRA, {"bias": "some"}, BIAS.format("pvera")),
-    (fp.TinyLoRA, {"r": True}, "tinylora: r must be a positive integer, got True"),
+    (fp.TinyLoRA, {"r": True}, "tinylora: r must be an integer, got True"),
     (fp.TinyLoRA, {"u": 0}, "u must be a positive integer, got 0"),
     (fp.TinyLoRA, {"weight_tying": 1.5}, r"weight_tying must be in \[0, 1\], got 1.5"),
     (fp.TinyLoRA, {"tinylora_dropout": 2}, r"tinylora_dropout must be in \[0, 1\), got 2"),

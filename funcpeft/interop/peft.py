@@ -27,6 +27,7 @@ from funcpeft.entries import Entry
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model, Params
 from funcpeft.method import Method
+from funcpeft.sitetable import shapes_of
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Base
 
@@ -292,22 +293,68 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str, **needs: Any) -> Any:
     """Returns an adapter of a net whose saved leaves are a file's; what the file does not hold is made as at init."""
-    left = {key if key.startswith("base_model.") or not _injected(net) else _ROOT + key: t for key, t in tensors.items()}
-    left = _without_wrappers(left)
+    named = {key if key.startswith("base_model.") or not _injected(net) else _ROOT + key: t for key, t in tensors.items()}
+    named = _without_wrappers(named)
+    _require_those_of(net, params, named, needs, where)
     made: list[Adapter] = []
-    wrong: dict[str, list[str]] = {"missing": [], "misshapen": [], "of another type": [], "extra": []}
+    wrong, left = _Wrong(), dict(named)
     for entry, fresh in zip(net.entries, as_tuple(net.init(params, seed=0, inference_mode=True, **needs)), strict=True):
-        filled = _fill_entry(net, entry, fresh, left, wrong)
-        made.append(filled if any(wrong.values()) else _with_derived(net, entry, filled, params))
+        found = _found(net, entry, fresh, left, wrong)
+        right = not any(wrong.keys.values())
+        made.append(_with_derived(net, entry, _filled(entry, fresh, found, where), params) if right else fresh)
         for key, t in _tied_tensors(net, entry, made[-1]):
             _require_equal(left.pop(key, t), t, f"{where} at {key!r}")
-    wrong["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
-    if any(wrong.values()):
-        parts = [f"{how} {errors.listed(keys)}" for how, keys in wrong.items() if keys]
-        raise errors.CheckpointError(
-            errors.say(where, "the tensors must be those of the config's sites in this model", "; ".join(parts))
-        )
+    wrong.keys["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
+    wrong.raise_if_any(where)
     return made[0] if len(made) == 1 else tuple(made)
+
+
+class _Wrong:
+    """Collects what is wrong with a file's tensors, so that one error lists all of it."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, list[str]] = {"missing": [], "misshapen": [], "of another type": [], "extra": []}
+
+    def raise_if_any(self, where: str) -> None:
+        if any(self.keys.values()):
+            parts = [f"{how} {errors.listed(keys)}" for how, keys in self.keys.items() if keys]
+            rule = "the tensors must be those of the config's sites in this model"
+            raise errors.CheckpointError(errors.say(where, rule, "; ".join(parts)))
+
+
+def _require_those_of(net: Net, params: Params, tensors: Mapping[str, Tensor], needs: Mapping[str, Any], where: str) -> None:
+    """Raises ``CheckpointError`` unless tensors are those of the sites, by shapes alone: a config may claim any size."""
+    wrong, left = _Wrong(), dict(tensors)
+    for entry in net.entries:
+        try:
+            fresh = shapes_of(net, entry, inference_mode=True, **needs)
+            _found(net, entry, fresh, left, wrong)
+            tied = [key for key, _ in _tied_tensors(net, entry, fresh)]
+        except NotImplementedError:  # which tensors there are depends on values; they are compared once those are made
+            return
+        except RuntimeError as e:  # torch counts no further
+            rule = f"the config of {entry.method.label} must give tensors of possible sizes"
+            raise errors.CheckpointError(errors.say(where, rule, str(e).splitlines()[0])) from e
+        for key in tied:
+            left.pop(key, None)
+    wrong.keys["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
+    wrong.raise_if_any(where)
+
+
+def _found(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], wrong: _Wrong) -> dict[str, dict[str, Tensor]]:
+    """Takes from a file's tensors those of an entry, by path and peft's key."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for file_key, path, key, t in _entry_tensors(net, entry, fresh):
+        given = left.pop(file_key, None)
+        if given is None:
+            wrong.keys["missing"].extend([] if path in entry.sites and key in entry.method.optional_keys else [file_key])
+        elif given.shape != t.shape:
+            wrong.keys["misshapen"].append(f"{file_key} {tuple(given.shape)}, not {tuple(t.shape)}")
+        elif not _same_type(given, t):
+            wrong.keys["of another type"].append(f"{file_key} {given.dtype}, not {t.dtype}")
+        else:
+            found.setdefault(path, {})[key] = given
+    return found
 
 
 def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -321,29 +368,17 @@ def _injected(net: Net) -> bool:
     return all(e.method.sited or e.method.injected for e in net.entries)
 
 
-def _fill_entry(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], wrong: Mapping[str, list[str]]) -> Adapter:
-    found: dict[str, dict[str, Tensor]] = {}
-    for file_key, path, key, t in _entry_tensors(net, entry, fresh):
-        given = left.pop(file_key, None)
-        if given is None:
-            wrong["missing"].extend([] if path in entry.sites and key in entry.method.optional_keys else [file_key])
-        elif given.shape != t.shape:
-            wrong["misshapen"].append(f"{file_key} {tuple(given.shape)}, not {tuple(t.shape)}")
-        elif not _same_type(given, t):
-            wrong["of another type"].append(f"{file_key} {given.dtype}, not {t.dtype}")
-        else:
-            found.setdefault(path, {})[key] = given
-    if any(wrong.values()):
-        return fresh
+def _filled(entry: Entry, fresh: Adapter, found: Mapping[str, Mapping[str, Tensor]], where: str) -> Adapter:
+    """Returns an entry's adapter with the leaves that a file gave, by path and peft's key, in place of fresh ones."""
     params, consts = ({p: dict(v) for p, v in tree.items()} for tree in (fresh.params, fresh.consts))
     placed: dict[tuple[str, str], Tensor] = {}
     for path, given in sorted(found.items(), key=lambda item: item[0] not in entry.sites):  # sites' copies first
-        for name, t in _leaves_of(entry, path, given).items():
+        for name, t in _leaves_of(entry, path, given, where).items():
             place = _place_of(entry, fresh, path, name)
             before = placed.setdefault((place, name), t)
             if before is not t and path in entry.sites and (before.shape != t.shape or not torch.equal(before, t)):
                 rule = f"every site's copy of {name!r}, which sites share, must be the same"
-                raise errors.CheckpointError(errors.say(f"{entry.method.label} at {path!r}", rule, "another one"))
+                raise errors.CheckpointError(errors.say(f"{where}: {entry.method.label} at {path!r}", rule, "another one"))
             tree = params if name in params.get(place, {}) else consts
             old = tree.setdefault(place, {}).get(name)
             tree[place][name] = t.clone() if old is None else t.to(dtype=old.dtype, device=old.device, copy=True)
@@ -381,12 +416,15 @@ def _place_of(entry: Entry, fresh: Adapter, path: str, name: str) -> str:
     return next((s for s in entry.scopes.get(path, ()) if name in fresh.leaves(s)), path)
 
 
-def _leaves_of(entry: Entry, path: str, given: Mapping[str, Tensor]) -> Leaves:
-    if path in entry.sites:
-        return entry.method.from_peft(Base(entry.sites[path], _meta(entry.sites[path])), given)
-    if entry.method.wraps and not path:
-        return entry.method.from_peft(None, given)
-    return entry.method.from_peft_shared(path, given)
+def _leaves_of(entry: Entry, path: str, given: Mapping[str, Tensor], where: str) -> Leaves:
+    try:
+        if path in entry.sites:
+            return entry.method.from_peft(Base(entry.sites[path], _meta(entry.sites[path])), given)
+        if entry.method.wraps and not path:
+            return entry.method.from_peft(None, given)
+        return entry.method.from_peft_shared(path, given)
+    except ValueError as e:
+        raise errors.CheckpointError(f"{where} at {path!r}: {e}") from e
 
 
 def _tolerated(net: Net, params: Params, key: str, tensor: Tensor, where: str) -> bool:

@@ -74,7 +74,7 @@ class AdaMSS(Method):
     r: int = 100
     num_subspaces: int = 5
     subspace_rank: int = 1
-    init_weights: str | None = "orthogonal"
+    init_weights: bool | str | None = "orthogonal"
     use_dynamic_rank: bool = False
     svd_threshold: float = 0.1
     random_seed: int = 0

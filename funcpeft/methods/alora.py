@@ -93,7 +93,7 @@ class aLoRA(LoRA):
     def __post_init__(self) -> None:
         super().__post_init__()
         given: Any = self.alora_invocation_tokens
-        ids = isinstance(given, tuple) and bool(given) and all(type(i) is int and i >= 0 for i in given)
+        ids = bool(given) and all(i >= 0 for i in given)
         self.require(ids, "alora_invocation_tokens", "at least one token id", given)
 
     @classmethod

@@ -156,7 +156,7 @@ class Arrow(Method):
                 raise ValueError(errors.one_of(self.label, "a name in arrow_config", name, _DEFAULTS))
         k, tau = self.option("top_k"), self.option("router_temperature")
         self.require(type(k) is int and k > 0, "top_k", "a positive integer", k)
-        self.require(isinstance(tau, int | float) and tau > 0, "router_temperature", "positive", tau)
+        self.require(tau > 0, "router_temperature", "positive", tau)
 
     def option(self, name: str) -> Any:
         """Returns a value of ``arrow_config``, its default if it is not there."""

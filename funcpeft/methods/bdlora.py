@@ -24,7 +24,8 @@ from torch import Tensor
 
 from funcpeft import errors, rng
 from funcpeft.context import Context
-from funcpeft.method import Method, freeze
+from funcpeft.fields import fits, freeze
+from funcpeft.method import Method
 from funcpeft.methods.lora import LoRA
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base
@@ -65,8 +66,8 @@ class BDLoRA(LoRA):
         settled = {**_DEFAULTS, **given}
         n, a, b = settled["nblocks"], *(settled[f"target_modules_bd_{x}"] or () for x in "ab")
         self.require(type(n) is int and n > 0, "nblocks of use_bdlora", "a positive integer", n)
-        lists = all(isinstance(names, tuple | list) for names in (a, b))
-        self.require(lists, "use_bdlora", "such that what names modules are lists", (a, b))
+        lists = all(fits(names, tuple[str, ...]) for names in (a, b))
+        self.require(lists, "use_bdlora", "such that what names modules are lists of names", (a, b))
         both = sorted(set(a) & set(b))
         self.require(not both, "use_bdlora", "such that no name is in both of its lists", both)
         drawn = isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"

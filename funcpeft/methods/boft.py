@@ -76,7 +76,7 @@ class BOFT(Method):
         super().__post_init__()
         for name in ("boft_block_size", "boft_block_num"):
             v = getattr(self, name)
-            self.require(isinstance(v, int) and v >= 0, name, "a non-negative integer", v)
+            self.require(v >= 0, name, "a non-negative integer", v)
         sizes = (self.boft_block_size, self.boft_block_num)
         rule = "such that exactly one of boft_block_size and boft_block_num is not 0"
         self.require(sum(n != 0 for n in sizes) == 1, "boft_block_size", rule, sizes)
@@ -105,7 +105,7 @@ class BOFT(Method):
         remedy = f"use one of {divisors[:12]}" + (", ..." if len(divisors) > 12 else "")
         self.require_at(count * size == dim and count > 0, base, f"{name} must divide in {dim}", getattr(self, name), remedy)
         if factors > 1:
-            fits = size % 2 == 0 and count % 2 ** (factors - 1) == 0
+            fits = size % 2 == 0 and factors <= count.bit_length() and count % 2 ** (factors - 1) == 0
             rule = f"{factors} factors need blocks of even size and a number of them that 2^{factors - 1} divides"
             self.require_at(fits, base, rule, f"{count} of size {size}")
         groups = base.kind.groups

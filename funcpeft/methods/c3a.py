@@ -58,7 +58,7 @@ class C3A(Additive):
         super().__post_init__()
         self.require_positive("block_size")
         sizes = self.block_size_pattern.values()
-        self.require(all(isinstance(b, int) and b > 0 for b in sizes), "block_size_pattern", "positive sizes", tuple(sizes))
+        self.require(all(b > 0 for b in sizes), "block_size_pattern", "positive sizes", tuple(sizes))
         if self.init_weights not in _INITS:
             raise ValueError(errors.one_of(self.label, "init_weights", self.init_weights, _INITS))
         self.require_bias()

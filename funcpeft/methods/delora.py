@@ -63,7 +63,7 @@ class DeLoRA(Factored):
         super().__post_init__()
         self.require_positive("r")
         ranks = self.rank_pattern.values()
-        self.require(all(isinstance(r, int) and r > 0 for r in ranks), "rank_pattern", "positive ranks", tuple(ranks))
+        self.require(all(r > 0 for r in ranks), "rank_pattern", "positive ranks", tuple(ranks))
         self.require_probability("module_dropout")
         self.require_bias()
 

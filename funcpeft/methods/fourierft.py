@@ -83,8 +83,7 @@ class FourierFT(Additive):
     def __post_init__(self) -> None:
         super().__post_init__()
         for n in (self.n_frequency, *self.n_frequency_pattern.values()):
-            self.require(isinstance(n, int) and n > 0, "n_frequency", "a positive integer", n)
-        self.require(isinstance(self.random_loc_seed, int), "random_loc_seed", "an integer", self.random_loc_seed)
+            self.require(n > 0, "n_frequency", "a positive integer", n)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
 
     @classmethod

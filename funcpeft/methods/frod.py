@@ -114,7 +114,6 @@ class FRoD(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.projection_prng_key, int), "projection_prng_key", "an integer", self.projection_prng_key)
         self.require(0 <= self.sparse_rate <= 1, "sparse_rate", "in [0, 1]", self.sparse_rate)
         self.require(self.regularization_alpha >= 0, "regularization_alpha", "non-negative", self.regularization_alpha)
         self.require_probability("frod_dropout")
@@ -187,8 +186,14 @@ class FRoD(Method):
         return {f"frod_{part}.{name}": t for part, t in found.items()}
 
     def from_peft_shared(self, scope: str, tensors: Mapping[str, Tensor]) -> Leaves:
+        """Raises ``ValueError`` unless the places are distinct ones off the diagonal, of a matrix as large as V."""
         found = {key.split(".")[0].removeprefix("frod_"): t for key, t in tensors.items()}
-        return {"V": found["V"], "places": found["s_indices"]}
+        places, n = found["s_indices"], found["V"].shape[0]
+        self.require(found["s_size"].tolist() == [n, n], "frod_s_size", f"that of V, {[n, n]}", found["s_size"].tolist())
+        self.require_places(places, "frod_s_indices", n, distinct=False)
+        self.require_places(places[0].long() * n + places[1].long(), "frod_s_indices", n * n)
+        self.require(not (places[0] == places[1]).any(), "frod_s_indices", "off the diagonal", "some on it")
+        return {"V": found["V"], "places": places}
 
 
 def _directions(base: Base, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class GraLoRA(Additive):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("r", "gralora_k")
-        self.require(isinstance(self.hybrid_r, int) and self.hybrid_r >= 0, "hybrid_r", "a non-negative integer", self.hybrid_r)
+        self.require(self.hybrid_r >= 0, "hybrid_r", "a non-negative integer", self.hybrid_r)
         self.require(self.r % self.gralora_k == 0, "r", f"a multiple of gralora_k = {self.gralora_k}", self.r)
         self.require_probability("gralora_dropout")
         self.require_bias()

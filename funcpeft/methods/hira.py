@@ -69,7 +69,7 @@ class HiRA(Method):
         super().__post_init__()
         self.require_positive("r")
         ranks = self.rank_pattern.values()
-        self.require(all(isinstance(r, int) and r > 0 for r in ranks), "rank_pattern", "positive ranks", tuple(ranks))
+        self.require(all(r > 0 for r in ranks), "rank_pattern", "positive ranks", tuple(ranks))
         self.require_probability("hira_dropout")
         if self.init_weights not in _INITS:
             raise ValueError(errors.one_of(self.label, "init_weights", self.init_weights, _INITS))

@@ -58,7 +58,7 @@ class Lily(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("r", "stride_A")
-        self.require(isinstance(self.num_B, int) and self.num_B > 1, "num_B", "an integer of at least 2", self.num_B)
+        self.require(self.num_B > 1, "num_B", "an integer of at least 2", self.num_B)
 
     @classmethod
     def examples(cls) -> tuple[Method, ...]:

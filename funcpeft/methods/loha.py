@@ -107,11 +107,10 @@ class LoHa(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
+        self.require_positive("r")
         self.require(all(v > 0 for v in self.rank_pattern.values()), "rank_pattern", "positive ranks", dict(self.rank_pattern))
         self.require(0 <= self.rank_dropout < 1, "rank_dropout", "in [0, 1)", self.rank_dropout)
         self.require(0 <= self.module_dropout <= 1, "module_dropout", "in [0, 1]", self.module_dropout)
-        self.require(isinstance(self.init_weights, bool), "init_weights", "True or False", self.init_weights)
 
     @classmethod
     def examples(cls) -> tuple[LoHa, ...]:

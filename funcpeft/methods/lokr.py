@@ -102,12 +102,12 @@ class LoKr(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
+        self.require_positive("r")
         self.require(all(v > 0 for v in self.rank_pattern.values()), "rank_pattern", "positive ranks", dict(self.rank_pattern))
         self.require(0 <= self.rank_dropout < 1, "rank_dropout", "in [0, 1)", self.rank_dropout)
         self.require(0 <= self.module_dropout <= 1, "module_dropout", "in [0, 1]", self.module_dropout)
         factor = self.decompose_factor
-        self.require(isinstance(factor, int) and (factor == -1 or factor > 0), "decompose_factor", "-1 or positive", factor)
+        self.require(factor == -1 or factor > 0, "decompose_factor", "-1 or positive", factor)
         if self.init_weights not in _INITS:
             raise ValueError(errors.one_of(self.label, "init_weights", self.init_weights, _INITS))
 

@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class LoRA(Additive):
     target_parameters: tuple[str, ...] | list[str] | None = None
     trainable_token_indices: tuple[int, ...] | list[int] | Mapping[str, Any] | None = None
     ensure_weight_tying: bool = False
-    layer_replication: tuple[Any, ...] | list[Any] | None = None
+    layer_replication: tuple[tuple[int, int], ...] | list[tuple[int, int]] | None = None
     eva_config: Mapping[str, Any] | None = None
     corda_config: Mapping[str, Any] | None = None
     lora_ga_config: Mapping[str, Any] | None = None
@@ -109,7 +109,7 @@ class LoRA(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
+        self.require_positive("r")
         self.require(all(v > 0 for v in self.rank_pattern.values()), "rank_pattern", "positive ranks", dict(self.rank_pattern))
         self.require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
@@ -197,13 +197,16 @@ class LoRA(Additive):
             limit = "min(out, in)" if row.share == 1 else f"min(out, in) / {row.share}"
             self.require_at(r * row.share <= least, base, f"rank must be at most {limit} = {least // row.share}", r)
 
+    def completed(self, needs: Mapping[str, Any]) -> Self:
+        if not lorainits.row_of(self.init_lora_weights).rebuilt:
+            rule = f"init {self.init_lora_weights!r} measures the update from first factors, which its file does not hold"
+            remedy = "let peft write it with path_initial_model_for_weight_conversion"
+            raise errors.CheckpointError(errors.say(self.label, rule, None, remedy))
+        return self
+
     def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
         name, row = self.init_lora_weights, lorainits.row_of(self.init_lora_weights)
         reads, values = bool(needs.get("inference_mode")), any(base.device.type != "meta" for base in sites.values())
-        if values and reads and not row.rebuilt:
-            rule = f"init {name!r} measures the update from first factors, which its file does not hold"
-            remedy = "let peft write it with path_initial_model_for_weight_conversion"
-            raise errors.CheckpointError(errors.say(self.label, rule, None, remedy))
         if row.need and values and not (reads and needs.get(row.need) is None):
             ranks = {path: self.rank(path) for path in sites}
             sites = lorainits.informed(self.label, name, sites, ranks, needs, self.eva_config)

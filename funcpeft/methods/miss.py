@@ -66,8 +66,7 @@ class MiSS(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
-        self.require(isinstance(self.mini_r, int) and self.mini_r > 0, "mini_r", "a positive integer", self.mini_r)
+        self.require_positive("r", "mini_r")
         self.require(0 <= self.miss_dropout < 1, "miss_dropout", "in [0, 1)", self.miss_dropout)
         adds = self.init_weights != "bat"  # facts of the variant: two add a matrix, "bat" multiplies the weight
         object.__setattr__(self, "additive", adds)

@@ -32,7 +32,7 @@ from torch import Tensor
 from funcpeft import errors, rng
 from funcpeft.context import Context
 from funcpeft.method import Method
-from funcpeft.rotations import cayley, cayley_series, rotate, skew, within
+from funcpeft.rotations import MOST_TERMS, cayley, cayley_series, rotate, skew, within
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base, wide
 
@@ -91,16 +91,16 @@ class OFT(Method):
         super().__post_init__()
         for name in ("r", "oft_block_size", "num_cayley_neumann_terms"):
             value = getattr(self, name)
-            self.require(isinstance(value, int) and value >= 0, name, "a non-negative integer", value)
+            self.require(value >= 0, name, "a non-negative integer", value)
         both = f"r={self.r}, oft_block_size={self.oft_block_size}"
         if (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(
                 errors.say(self.label, "exactly one of r and oft_block_size must be nonzero", both, "set the other to 0")
             )
-        self.require(self.num_cayley_neumann_terms > 0, "num_cayley_neumann_terms", "at least 1", self.num_cayley_neumann_terms)
+        terms = self.num_cayley_neumann_terms
+        self.require(0 < terms <= MOST_TERMS, "num_cayley_neumann_terms", f"from 1 to {MOST_TERMS}", terms)
         self.require(0 <= self.module_dropout < 1, "module_dropout", "in [0, 1)", self.module_dropout)
         self.require(self.eps > 0, "eps", "positive", self.eps)
-        self.require(isinstance(self.init_weights, bool), "init_weights", "True or False", self.init_weights)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
 
     @classmethod

@@ -86,7 +86,7 @@ class PEANuT(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("r")
-        self.require(type(self.depth) is int and self.depth >= 0, "depth", "a non-negative integer", self.depth)
+        self.require(0 <= self.depth <= 1000, "depth", "from 0 to 1000", self.depth)
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(errors.one_of(self.label, "act_fn", self.act_fn, ACTIVATIONS))
 

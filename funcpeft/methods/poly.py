@@ -101,16 +101,18 @@ class Poly(Method):
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         out, in_ = base.shape[-2:]
-        a = self._bank((self.r, in_ // self.n_splits), gen)
-        b = self._bank((out // self.n_splits, self.r), gen) if not self.init_weights else None
+        a = self._bank(base, (self.r, in_ // self.n_splits), gen)
+        b = self._bank(base, (out // self.n_splits, self.r), gen) if not self.init_weights else None
         if b is None:
             b = torch.zeros(self.n_splits, self.n_skills, self.r, out // self.n_splits)
         z = rng.uniform((self.n_tasks, self.n_splits * self.n_skills), gen, 1e-3)
         consts = {"scaling": torch.tensor(1 / self.r, dtype=torch.float64), "rank": torch.tensor(self.r)}
         return {"A": a, "B": b, "Z": z}, consts
 
-    def _bank(self, shape: tuple[int, int], gen: Any) -> Tensor:
+    def _bank(self, base: Base, shape: tuple[int, int], gen: Any) -> Tensor:
         """Draws a layer of a shape for every skill and, of it, every split: ``(S, K, *shape transposed)``."""
+        if base.device.type == "meta":  # there is nothing to draw
+            return torch.empty(self.n_splits, self.n_skills, *reversed(shape))
         drawn = [[rng.kaiming(shape, gen).mT for _ in range(self.n_splits)] for _ in range(self.n_skills)]
         return torch.stack([torch.stack(splits) for splits in drawn], 1).contiguous()
 

@@ -151,7 +151,7 @@ class PrefixTuning(Method):
         super().__post_init__()
         check_shared_fields(self, self.num_virtual_tokens, self.task_type, self.num_transformer_submodules)
         h = self.encoder_hidden_size
-        self.require(h is None or (isinstance(h, int) and h > 0), "encoder_hidden_size", "a positive integer", h)
+        self.require(h is None or h > 0, "encoder_hidden_size", "a positive integer", h)
         self.require(self.init_weights in (None, "zero"), "init_weights", "None or 'zero'", self.init_weights)
 
     @classmethod

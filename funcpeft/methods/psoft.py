@@ -26,7 +26,7 @@ from torch import Tensor
 from funcpeft import errors, rng
 from funcpeft.families import Factored
 from funcpeft.method import Method
-from funcpeft.rotations import cayley, cayley_series, skew
+from funcpeft.rotations import MOST_TERMS, cayley, cayley_series, skew
 from funcpeft.tree import Leaves
 from funcpeft.weights import Base
 
@@ -80,7 +80,9 @@ class PSOFT(Factored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("r", "num_cayley_neumann_terms", "psoft_svd_lowrank_niter")
+        self.require_positive("r", "psoft_svd_lowrank_niter")
+        terms = self.num_cayley_neumann_terms
+        self.require(0 < terms <= MOST_TERMS, "num_cayley_neumann_terms", f"from 1 to {MOST_TERMS}", terms)
         self.require(self.psoft_alpha > 0, "psoft_alpha", "positive", self.psoft_alpha)
         self.require_probability("psoft_dropout")
         for name, known in (("ab_svd_init", _STARTS), ("psoft_svd", _SVDS)):

@@ -68,7 +68,6 @@ class PVeRA(Additive):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("r")
-        self.require(isinstance(self.projection_prng_key, int), "projection_prng_key", "an integer", self.projection_prng_key)
         self.require_probability("pvera_dropout")
         self.require_bias()
 

@@ -94,7 +94,6 @@ class RandLoRA(Factored):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("r")
-        self.require(isinstance(self.projection_prng_key, int), "projection_prng_key", "an integer", self.projection_prng_key)
         self.require_probability("randlora_dropout")
         self.require_bias()
 
@@ -107,6 +106,9 @@ class RandLoRA(Factored):
         sizes, dtype = [b.shape for b in sites.values()], next(iter(sites.values())).dtype
         out, in_ = (max(s[axis] for s in sizes) for axis in (-2, -1))
         small, large, gen = min(out, in_), max(out, in_), rng.stream(self.projection_prng_key).generator
+        if next(iter(sites.values())).device.type == "meta":  # there is nothing to draw
+            count = math.ceil(small / self.r)
+            return {}, {"": {"A": torch.empty(self.r, 1, small), "B": torch.empty(large, count, self.r)}}
         with torch.device("cpu"):
             if self.sparse or self.very_sparse:
                 sparsity = math.sqrt(small) if self.very_sparse else 3

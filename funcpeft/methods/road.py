@@ -65,8 +65,7 @@ class RoAd(Method):
         if self.variant not in _SIZES:
             raise ValueError(errors.one_of(self.label, "variant", self.variant, _SIZES))
         size = self.group_size
-        self.require(isinstance(size, int) and size > 0 and size % 2 == 0, "group_size", "a positive even integer", size)
-        self.require(isinstance(self.init_weights, bool), "init_weights", "True or False", self.init_weights)
+        self.require(size > 0 and size % 2 == 0, "group_size", "a positive even integer", size)
 
     @classmethod
     def examples(cls) -> tuple[RoAd, ...]:

@@ -67,9 +67,7 @@ class SHiRA(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
-        seed = self.random_seed
-        self.require(seed is None or isinstance(seed, int), "random_seed", "an integer or None", seed)
+        self.require_positive("r")
 
     @classmethod
     def examples(cls) -> tuple[SHiRA, ...]:
@@ -130,6 +128,13 @@ class SHiRA(Additive):
         return y.to(torch.promote_types(y.dtype, w.dtype)).index_add(-1, rows, update)
 
     def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
-        """Reads positions as integers, which some files hold as floats."""
+        """Reads positions as integers, which some files hold as floats; raises ``ValueError`` unless they are distinct ones."""
         leaves = super().from_peft(base, tensors)
-        return {name: t.to(torch.int32) if name == "indices" else t for name, t in leaves.items()}
+        if base is None or "indices" not in leaves:
+            return leaves
+        indices, (out, in_) = leaves["indices"], base.shape
+        for name, places, size in zip(("rows", "columns"), indices.unbind(0), (out, in_), strict=True):
+            self.require_places(places, f"{name} of {self.keys['indices']}", size, distinct=False)
+        whole = indices.to(torch.int64)
+        self.require_places(whole[0] * in_ + whole[1], self.keys["indices"], out * in_)
+        return {**leaves, "indices": whole.to(torch.int32)}

@@ -116,6 +116,13 @@ class SuperTuning(Additive):
         made = super().to_peft(base, leaves)
         return made if self.save_precomputed_indices else {k: t for k, t in made.items() if k != self.keys["i"]}
 
+    def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
+        """Raises ``ValueError`` unless indices are distinct ones of the weight."""
+        leaves = super().from_peft(base, tensors)
+        if base is not None and "i" in leaves:
+            self.require_places(leaves["i"], self.keys["i"], base.shape.numel())
+        return leaves
+
     def to_peft_config(self, leaves: Mapping[str, Leaves]) -> dict[str, Any]:
         """Writes the default of ``lora_alpha`` out, as peft does."""
         alpha = 2 * self.r if self.r is not None and self.lora_alpha is None else self.lora_alpha

@@ -48,7 +48,7 @@ class TrainableTokens(Method):
         super().__post_init__()
         ids = self.token_indices
         self.require(
-            bool(ids) and all(isinstance(i, int) and i >= 0 for i in ids),
+            bool(ids) and all(i >= 0 for i in ids),
             "token_indices",
             "non-negative ids, at least one",
             ids,

@@ -82,8 +82,7 @@ class UniLoRA(Factored):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("r", "theta_d_length")
-        seed = self.proj_seed
-        self.require(isinstance(seed, int) and seed >= 0, "proj_seed", "a non-negative integer", seed)
+        self.require(self.proj_seed >= 0, "proj_seed", "a non-negative integer", self.proj_seed)
         self.require(self.init_theta_d_bound > 0, "init_theta_d_bound", "positive", self.init_theta_d_bound)
         self.require_probability("unilora_dropout")
         self.require_bias()
@@ -104,17 +103,18 @@ class UniLoRA(Factored):
 
     def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
         made = super().init(sites, seed=seed, **needs)
-        shapes = [((self.r, b.shape[-1]), (b.shape[-2], self.r)) for b in sites.values()]
-        sizes = [shape[0] * shape[1] for pair in shapes for shape in pair]
+        shapes = {path: ((self.r, b.shape[-1]), (b.shape[-2], self.r)) for path, b in sites.items()}
+        if next(iter(sites.values())).device.type == "meta":  # there is nothing to draw
+            return made.replace(consts={path: _blank(pair) for path, pair in shapes.items()})
+        sizes = [shape[0] * shape[1] for pair in shapes.values() for shape in pair]
         with torch.device("cpu"):
             index = assignment(sum(sizes), self.theta_d_length, self.proj_seed)
             counts = torch.bincount(index, minlength=self.theta_d_length)
             scales = torch.where(counts > 0, counts.clamp(min=1).float().rsqrt(), 0)
         consts, parts = dict(made.consts), iter(index.split(sizes))
-        for path, (a, b) in zip(sites, shapes, strict=True):
-            own = {"iA": next(parts).view(a).clone(), "iB": next(parts).view(b).clone()}
-            of_site = rounded(scales, sites[path].dtype)
-            consts[path] = {**own, "sA": of_site[own["iA"]], "sB": of_site[own["iB"]]}
+        for path, pair in shapes.items():
+            (a, b), of_site = (next(parts).view(shape).clone() for shape in pair), rounded(scales, sites[path].dtype)
+            consts[path] = {"iA": a, "iB": b, "sA": of_site[a], "sB": of_site[b]}
         return made.replace(consts=consts)
 
     def pair(self, leaves: Leaves, base: Base) -> tuple[Tensor, Tensor]:
@@ -123,3 +123,16 @@ class UniLoRA(Factored):
 
     def to_peft(self, base: Base | None, leaves: Leaves) -> dict[str, Tensor]:
         return super().to_peft(base, leaves) if self.save_indices else {}
+
+    def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
+        """Raises ``ValueError`` unless indices are those of entries of theta."""
+        for key in (self.keys["iA"], self.keys["iB"]):
+            if key in tensors:
+                self.require_places(tensors[key], key, self.theta_d_length, distinct=False)
+        return super().from_peft(base, tensors)
+
+
+def _blank(pair: tuple[tuple[int, int], tuple[int, int]]) -> Leaves:
+    """Returns the frozen leaves of a site without values."""
+    a, b = (torch.empty(shape, dtype=torch.int64) for shape in pair)
+    return {"iA": a, "iB": b, "sA": torch.empty(a.shape), "sB": torch.empty(b.shape)}

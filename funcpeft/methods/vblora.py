@@ -123,15 +123,20 @@ class VBLoRA(Factored):
         if not self.save_only_topk_weights:
             return super().from_peft(base, tensors)
         return {
-            name: self._logits(tensors[f"{key}_topk_indices"].long(), tensors[f"{key}_topk_weights"])
+            name: self._logits(key, tensors[f"{key}_topk_indices"], tensors[f"{key}_topk_weights"])
             for name, key in self.keys.items()
         }
 
-    def _logits(self, index: Tensor, weights: Tensor) -> Tensor:
+    def _logits(self, key: str, index: Tensor, weights: Tensor) -> Tensor:
+        """Inverts the softmax; raises ``ValueError`` unless indices are distinct ones of the bank and weights are a share."""
+        self.require_places(index, f"{key}_topk_indices", self.num_vectors)
         whole = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
+        least = -self.topk * torch.finfo(weights.dtype).eps  # of a sum that was rounded
+        shares = bool((whole >= least).all())
+        self.require(shares, f"{key}_topk_weights", "shares of 1", f"one of {whole.min().item():g}")
         logits = whole.clamp(min=torch.finfo(torch.float32).tiny).log()
         absent = torch.full((*index.shape[:-1], self.num_vectors), ABSENT, dtype=logits.dtype, device=logits.device)
-        return absent.scatter(-1, index, logits)
+        return absent.scatter(-1, index.long(), logits)
 
 
 def _smallest(n: int) -> torch.dtype:

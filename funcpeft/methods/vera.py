@@ -67,8 +67,7 @@ class VeRA(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(isinstance(self.r, int) and self.r > 0, "r", "a positive integer", self.r)
-        self.require(isinstance(self.projection_prng_key, int), "projection_prng_key", "an integer", self.projection_prng_key)
+        self.require_positive("r")
         self.require(0 <= self.vera_dropout < 1, "vera_dropout", "in [0, 1)", self.vera_dropout)
         self.require(self.bias in ("none", "all", self.bias_only), "bias", f"'none', 'all' or {self.bias_only!r}", self.bias)
 

@@ -141,10 +141,9 @@ class WaveFT(Additive):
     def __post_init__(self) -> None:
         super().__post_init__()
         for n in (self.n_frequency, *self.n_frequency_pattern.values()):
-            self.require(isinstance(n, int) and n > 0, "n_frequency", "a positive integer", n)
+            self.require(n > 0, "n_frequency", "a positive integer", n)
         if self.wavelet_family not in FAMILIES:
             raise ValueError(errors.one_of(self.label, "wavelet_family", self.wavelet_family, FAMILIES))
-        self.require(isinstance(self.random_loc_seed, int), "random_loc_seed", "an integer", self.random_loc_seed)
         self.require_bias()
 
     @classmethod
