@@ -157,9 +157,9 @@ def page(cls: type[Method]) -> str:
 
 #: What every method overrides; documented once, in the contract.
 _CONTRACT = (
-    "across_tie, apply, apply_rows, as_written, call_leaves, check_model, check_site, completed, delta, derived, examples, "
-    "factors, from_peft, from_peft_shared, init, init_shared, init_site, merge, merges_at, names_site, neutral, pair, "
-    "penalty, project_grads, resolve, sample_needs, sample_values, scopes, to_peft, to_peft_config, to_peft_shared, "
+    "across_tie, apply, apply_rows, as_written, call_leaves, check_model, check_site, check_tie, completed, delta, derived, "
+    "examples, factors, from_peft, from_peft_shared, init, init_shared, init_site, merge, merges_at, names_site, neutral, "
+    "pair, penalty, project_grads, resolve, sample_needs, sample_values, scopes, to_peft, to_peft_config, to_peft_shared, "
     "unmerge, unmerge_gain, wrap"
 )
 

@@ -38,6 +38,7 @@ from funcpeft.quant.format import Format
 from funcpeft.sitetable import net_table, shapes_of
 from funcpeft.stacking import members
 from funcpeft.targets import shape_only
+from funcpeft.transforms import require_alike
 from funcpeft.tree import Adapter, Adapters, Leaves, all_finite, as_tuple
 from funcpeft.weights import Adapted, Base, Quantized, Site, dense
 
@@ -363,7 +364,11 @@ class Net:
             params: The base's leaves.
             grads: Gradients of ``adapter.params``, as ``value_and_grad`` returns them; a tuple for several methods.
             adapter: The adapter they are of.
+
+        Raises:
+            TypeError: If the gradients do not have the paths, leaves and shapes of ``adapter.params``.
         """
+        require_alike("grads", grads, tuple(a.params for a in adapter) if isinstance(adapter, tuple) else adapter.params)
         trees = grads if isinstance(grads, tuple) else (grads,)
         made: list[Any] = []
         for entry, one, tree in zip(self.entries, self._matched(adapter), trees, strict=True):
@@ -530,7 +535,13 @@ def adapt(model: Model, method: Method | Sequence[Method]) -> Net:
         _require_replicated(model, one)
         entries += entries_of(model, one)
     require_alive(entries)
-    return Net(model, methods, entries)
+    net = Net(model, methods, entries)
+    for entry in entries:
+        for site in entry.sites.values():
+            for key in net.bound_keys(entry.method, site):
+                other = model.site(key)
+                entry.method.check_tie(Base(site, shape_only(site)), Base(other, shape_only(other)))
+    return net
 
 
 def _require_replicated(model: Model, method: Method) -> None:

@@ -384,6 +384,9 @@ def informed(
     eva_config: Mapping[str, Any] | None,
 ) -> dict[str, Base]:
     """Returns the views of all sites, linear ones with what the init was given there, and the rank that EVA gives them."""
+    need = row_of(name).need
+    if not isinstance(needs.get(need, {}), Mapping):
+        raise TypeError(errors.say(label, f"{need} must be a dict from paths", type(needs[need]).__name__, _WANTED[need][1]))
     given = {path: given_at(label, name, base, needs) for path, base in sites.items() if takes_data(row_of(name), base)}
     if name == "eva" and given:
         assert eva_config is not None

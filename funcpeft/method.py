@@ -248,6 +248,9 @@ class Method(Checked):
         """
         return leaves
 
+    def check_tie(self, site: Base, other: Base) -> None:
+        """Raises ``ValueError`` if ``across_tie`` has no answer for two modules; shapes only, before any work."""
+
     def call_leaves(self, leaves: Leaves) -> Leaves:
         """Returns what ``wrap`` reads, made of the leaves; ``wrap`` takes it with a leading axis of rows too."""
         return leaves

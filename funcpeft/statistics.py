@@ -108,6 +108,7 @@ def calibrate(
         raise TypeError(errors.say(_CALIBRATE, "mask must be a function of a batch, 'auto' or None", repr(mask)))
     whole, chosen = _chosen(_CALIBRATE, model, method, target_modules)
     collected: list[tuple[Any, dict[str, Site]]] = [(m, sites) for m, sites in chosen if getattr(m, "statistic", "")]
+    _require_batches(_CALIBRATE, batches)
     if not collected:
         found = ", ".join(f"{m.label} with {getattr(m, 'init_lora_weights', None)!r}" for m, _ in chosen)
         raise ValueError(errors.say(_CALIBRATE, "a method whose init needs statistics is required", found))
@@ -166,6 +167,7 @@ def weight_gradients(
                 [3., 3., 3., 3.]])
     """
     whole, chosen = _chosen(_GRADIENTS, model, method, target_modules)
+    _require_batches(_GRADIENTS, batches)
     sites = {path: site for _, own in chosen for path, site in own.items()}
     leaves = {site.weight: {"weight": _dense(whole, params, site)} for site in sites.values()}
     untied = {a: params[key] for a, key in whole.ties.items() if a not in params and (a in leaves or key in leaves)}
@@ -210,6 +212,12 @@ def _chosen(where: str, model: Any, method: Method | None, rule: Any) -> tuple[M
         for m, sites in pairs
     ]
     return whole, linear
+
+
+def _require_batches(where: str, batches: Any) -> None:
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Mapping | Tensor):
+        remedy = "put a single batch in a list"
+        raise TypeError(errors.say(where, "batches must be a list or an iterator of them", type(batches).__name__, remedy))
 
 
 def _dense(model: Model, params: Params, site: Site) -> Tensor:
@@ -269,7 +277,10 @@ class _Stream:
 
     def _keep(self, batch: Batch, method: Method) -> Tensor | None:
         if self.mask != "auto":
-            return None if self.mask is None else self.mask(batch)
+            found = None if self.mask is None else self.mask(batch)
+            if found is not None and not isinstance(found, Tensor):
+                raise TypeError(errors.say(_CALIBRATE, "mask must return a boolean tensor or None", type(found).__name__))
+            return found
         if not isinstance(batch, dict):
             return None
         keep = batch["attention_mask"] != 0 if "attention_mask" in batch else None
@@ -289,6 +300,11 @@ def _rows(path: str, x: Tensor, keep: Tensor | None) -> Tensor:
         rule, remedy = f"a mask of shape {tuple(keep.shape)} must have one entry per row of the input", "pass mask=None"
         raise ValueError(errors.say(f"{_CALIBRATE} at {path!r}", rule, f"shape {tuple(x.shape)}", remedy))
     return rows[keep.reshape(-1).to(torch.bool)]
+
+
+def _require_finite(path: str, rows: Tensor, rule: str = "an input must be finite") -> None:
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(errors.say(f"{_CALIBRATE} at {path!r}", rule, "NaN or infinity"))
 
 
 def _require_met(sites: Mapping[str, Site], met: Iterable[str], count: int) -> None:
@@ -313,9 +329,7 @@ def _covariances(stream: _Stream, sites: Mapping[str, Site], batches: Iterable[A
             return
         x = rows if config.get("use_float16_for_covariance") else wide(rows)
         x = x / x.max().abs()
-        if not bool(torch.isfinite(x).all()):
-            rule = "an input must be finite, and its largest entry not zero"
-            raise ValueError(errors.say(f"{_CALIBRATE} at {path!r}", rule, "NaN or infinity"))
+        _require_finite(path, x, "an input must be finite, and its largest entry not zero")
         total[path] = x.T @ x + total[path] if path in total else x.T @ x
         meetings[path] = meetings.get(path, 0) + 1
 
@@ -381,9 +395,14 @@ def _components(
     groups = {leader: [p for p, one in leaders.items() if one == leader] for leader in leaders.values()}
     most = {path: min(round(r * config["rho"]), _width(sites[path])) for path, r in ranks.items()}
     found = {leader: _Analysis(max(most[p] for p in group)) for leader, group in groups.items()}
+
+    def see(path: str, rows: Tensor) -> None:
+        _require_finite(path, rows)
+        found[path].add(rows)
+
     open_, bar = set(found), stream.bar(_cycled(batches, limit) if settle else batches)
     for batch in bar:
-        stream.show(batch, {p: sites[p] for p in open_}, method, lambda path, rows: found[path].add(rows))
+        stream.show(batch, {p: sites[p] for p in open_}, method, see)
         if settle and all(one.found for one in found.values()):
             explained = {p: found[leader].entries(torch.device("cpu"))["explained"] for p, leader in leaders.items()}
             shared = shared_ranks(explained, ranks, config["rho"])
@@ -422,6 +441,7 @@ def _leaders(stream: _Stream, sites: Mapping[str, Site], batch: Any, method: Met
     marks: dict[str, bytes] = {}
 
     def see(path: str, rows: Tensor) -> None:
+        _require_finite(path, rows)
         values = wide(rows).cpu().contiguous().numpy()
         marks.setdefault(path, hashlib.blake2b(repr(values.shape).encode() + values.tobytes()).digest())
 

@@ -255,6 +255,9 @@ def _check(method: Method, site: Site) -> None:
         )
     if len(site.shape) == 0:
         raise TypeError(errors.say(f"{method.label} at {site.path!r}", "a base weight must have an axis", "a 0-d tensor"))
+    if not site.shape.numel() and not method.takes_any:
+        where, remedy = f"{method.label} at {site.path!r}", "leave it out with exclude_modules"
+        raise ValueError(errors.say(where, "a base weight must have entries", f"shape {tuple(site.shape)}", remedy))
     method.check_site(Base(site, shape_only(site)))
 
 

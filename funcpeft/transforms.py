@@ -112,11 +112,11 @@ class Optimizer:
                 errors.say("optim", f"a State of {sorted(self.transforms)} is required", found, "make it with init")
             )
         params = params_of(adapter)
-        _require_alike("grads", grads, params)
+        require_alike("grads", grads, params)
         updates, count, memory = tree_map(wide, grads), state.step + 1, {}
         for key, t in self.transforms.items():
             for name, tree in state.memory[key].items():
-                _require_alike(f"{key}: {name} of the state", tree, params)
+                require_alike(f"{key}: {name} of the state", tree, params)
             now = {k: evaluate(f"{key}: {k}", h, state.step) for k, h in state.hyper[key].items()}
             updates, memory[key] = t.rule(updates, state.memory[key], adapter, {**now, "step": count})
         return updates, State(count, state.hyper, memory)
@@ -194,7 +194,8 @@ def _member_shape(leaves: list[Tensor], hyper: list[Tensor], members: int | None
     return tuple(counts)
 
 
-def _require_alike(what: str, tree: Any, params: Any) -> None:
+def require_alike(what: str, tree: Any, params: Any) -> None:
+    """Raises ``TypeError`` unless a tree has the paths, leaves and shapes of trained leaves, or a tuple of such trees."""
     found, wanted = (t if isinstance(t, tuple) else (t,) for t in (tree, params))
     if isinstance(tree, tuple) != isinstance(params, tuple) or not all(isinstance(t, Mapping) for t in found):
         raise TypeError(errors.say(what, "a tree of the form of adapter.params is required", type(tree).__name__))

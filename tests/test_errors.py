@@ -31,7 +31,7 @@ from funcpeft.interop.peft import load_peft, save_peft
 from funcpeft.layers import Kind
 from funcpeft.merging import MergeReport
 from funcpeft.method import Additive, Method
-from funcpeft.methods import IA3, OFT, DoRA, Full, HiRA, LoKr, LoRA, MiSS, PrefixTuning, RoAd, SHiRA, TrainableTokens
+from funcpeft.methods import IA3, OFT, AdaLoRA, DoRA, Full, HiRA, LoKr, LoRA, MiSS, PrefixTuning, RoAd, SHiRA, TrainableTokens
 from funcpeft.quant import NF4, Codebook, Dense, Int8
 from funcpeft.quant.format import Format
 from funcpeft.quantization import quantize
@@ -475,6 +475,21 @@ ROWS = [
     ),
     (lambda: facts().head(X), V, "the model must have a language model's head"),
     (lambda: facts().classifier(), V, "the model must have a linear head 'score' or 'classifier'"),
+    (
+        lambda: adapt(functionalize(nn.ParameterDict({"w": torch.empty(0, 3)}))[0], LoRA(target_parameters=["w"])),
+        V,
+        r"lora at 'w': a base weight must have entries, got shape \(0, 3\); leave it out with exclude_modules",
+    ),
+    (
+        lambda: AdaLoRA(total_step=9, init_r=12).pruned(Adapter({"up": {"E": torch.ones(2, 3, 1)}}), {}),
+        V,
+        "adalora: members are pruned apart, as their ranks differ, got a stack at 'up'; unstack the adapter and the state",
+    ),
+    (
+        lambda: net(SHiRA(r=1, target_modules=["up"])).init(params(), 0, masks=[X]),
+        T,
+        "shira: masks must be a dict from paths to masks, got list",
+    ),
     (config(r=2**62), C, "the config of lora must give tensors of possible sizes"),
     (config(r=-1), C, "the fields must make a LoRA, got lora: r must be a positive integer, got -1"),
     (

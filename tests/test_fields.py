@@ -16,7 +16,7 @@ from funcpeft.fields import described, finite, fits, freeze
 from funcpeft.functional import functionalize
 from funcpeft.interop.peft import CONFIG, WEIGHTS, load_peft, save_peft
 from funcpeft.method import Method
-from funcpeft.methods import FRoD, LoRA, Poly, RandLoRA, SHiRA, SuperTuning, UniLoRA, VBLoRA
+from funcpeft.methods import HRA, FRoD, LoRA, Poly, RandLoRA, SHiRA, SuperTuning, UniLoRA, VBLoRA
 
 CLASSES = [cls for cls in map(methods.__dict__.__getitem__, methods.__all__) if isinstance(cls, type) and cls.peft_type]
 ODD = [
@@ -143,6 +143,7 @@ BAD = [
     (FROD, {"frod_s_size.0": put(9, 0)}, r"frod_s_size must be that of V, \[8, 8\], got \[9, 8\]"),
     (UNI, {"unilora_indices_A": put(-1, 0, 0)}, "unilora_indices_A must be whole numbers from 0 to 6, got '-1 to"),
     (UNI, {"unilora_indices_B": put(7, 0, 0)}, "unilora_indices_B must be whole numbers from 0 to 6"),
+    (HRA(r=2), {"hra_u": lambda t: t * 0}, r"hra_u must be vectors that are not zero, got 'norms \[0.0, 0.0\]'"),
     (BANK, {"logits_A_topk_indices": put(5, 0, 0, 0)}, "vblora_logits_A_topk_indices must be whole numbers from 0 to 4"),
     (BANK, {"logits_B_topk_indices": again}, "vblora_logits_B_topk_indices must be different from each other"),
     (BANK, {"logits_A_topk_weights": put(1.5, 0, 0, 0)}, "vblora_logits_A_topk_weights must be shares of 1, got 'one of -0.5'"),

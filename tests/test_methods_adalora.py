@@ -145,6 +145,27 @@ def test_a_site_may_be_left_without_a_triplet(tmp_path):
     assert torch.equal(again(params, loaded, X), smaller(params, small, X))
 
 
+def test_gradients_and_states_of_other_adapters_and_stacks_are_refused():
+    *_, net, adapter = ours()
+    method, state = net.methods[0], net.methods[0].allocate_init(adapter)
+    short = {"lin0": adapter.params["lin0"]}
+    with pytest.raises(TypeError, match="grads: paths, leaves and shapes must be those of adapter"):
+        method.allocate_update(short, state, adapter)
+    with pytest.raises(TypeError, match="the allocator's state: paths, leaves and shapes must be those of adapter"):
+        method.allocate_update(adapter.params, {**state, "mean": short}, adapter)
+    stacked = fp.stack([adapter, adapter])
+    with pytest.raises(ValueError, match=r"adalora: members are pruned apart.*a stack at 'lin0', 'lin1'; unstack"):
+        method.pruned(stacked, torch.func.vmap(method.allocate_init)(stacked))
+
+
+def test_the_allocator_takes_an_adapter_without_triplets():
+    model, params, net, adapter = ours()
+    method, small = pruned_to(net, adapter, lin0=[0, 0, 0, 0], lin1=[0, 0, 0, 0])
+    after, _ = method.allocate_update(small.params, method.allocate_init(small), small)
+    assert after.params["lin0"]["A"].shape == (0, 12)
+    torch.testing.assert_close(fp.adapt(model, method)(params, after, X), model(params, X))
+
+
 def pruned_to(net, adapter, **kept):
     """Returns method and adapter without the triplets that are not kept at the sites named."""
     state = net.methods[0].allocate_init(adapter)

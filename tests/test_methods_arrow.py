@@ -207,6 +207,8 @@ def test_what_does_not_fit_is_refused():
         subtracting.init(params, 0, experts=mixed, general=given)
     with pytest.raises(fp.errors.NoMergedFormError, match="arrow"):
         net.merge(params, adapter)
+    with pytest.raises(ValueError, match=r"arrow at '0': prototypes of experts are required.*; make it with net.init\(params"):
+        net(params, given[0], torch.ones(2, 6))
 
 
 def test_fields_that_do_not_fit():

@@ -480,6 +480,8 @@ def test_shira_takes_masks():
         net.init(params, 0, masks={"site": mask.float()})
     with pytest.raises(errors.NameMissingError, match="masks must be of sites, got 'sight'"):
         net.init(params, 0, masks={"sight": mask})
+    with pytest.raises(TypeError, match="shira: masks must be a dict from paths to masks, got Tensor"):
+        net.init(params, 0, masks=mask)
 
 
 def test_shira_without_its_own_positions_fails_loudly():

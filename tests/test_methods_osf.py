@@ -73,6 +73,15 @@ def test_what_is_preserved_gets_no_gradient(name):
     assert float((got["V"] @ vh[:3].T).abs().max()) < 1e-5 * scale
 
 
+def test_gradients_to_project_must_be_those_of_the_adapter():
+    model, params = fp.functionalize(base())
+    net = fp.adapt(model, fp.OSF(effective_rank=3))
+    adapter = net.init(params, 0)
+    for odd in ({"sight": adapter.params["lin"]}, {"lin": {"U": adapter.params["lin"]["U"]}}, 3):
+        with pytest.raises(TypeError, match=r"grads: .*adapter\.params"):
+            net.project_grads(params, odd, adapter)
+
+
 @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True, "2"])
 def test_ranks_are_checked(rank):
     with pytest.raises(ValueError, match="effective_rank must be None, a positive integer or a fraction"):

@@ -267,6 +267,9 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="xlora: adapters must be given for a file: where peft finds the experts, got None"):
         fp.save_peft(bare, adapter, tmp_path)
     fp.save_peft(net, adapter, tmp_path)
+    for odd in (3, ["a"]):
+        with pytest.raises(TypeError, match=r"xlora: experts must be a list of LoRA adapters.*; pass experts=\[...\]"):
+            fp.XLoRA().completed({"experts": odd})
     with pytest.raises(ValueError, match=r"xlora: the file does not hold the experts, got \['0', '1', '2'\]; pass load_peft"):
         fp.load_peft(model, params, tmp_path)
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {

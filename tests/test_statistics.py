@@ -336,6 +336,19 @@ WRONG = [
     ),
     (lambda: collect(None, []), ValueError, "calibrate: at least one batch is required, got none"),
     (lambda: collect(eva(), []), ValueError, "calibrate: at least one batch is required, got none"),
+    (lambda: collect(None, None), TypeError, "calibrate: batches must be a list or an iterator of them, got NoneType"),
+    (
+        lambda: collect(None, torch.ones(3, 8)),
+        TypeError,
+        "batches must be .*, got Tensor; put a single batch in a list",
+    ),
+    (lambda: gradients(3), TypeError, "weight_gradients: batches must be a list or an iterator of them, got int"),
+    (lambda: collect(None, data(), mask=lambda b: [True]), TypeError, "mask must return a boolean tensor or None, got list"),
+    (
+        lambda: collect(eva(), [data()[0], data()[1] * torch.nan]),
+        ValueError,
+        "calibrate at 'q': an input must be finite, got NaN or infinity",
+    ),
     (lambda: gradients([]), ValueError, "weight_gradients: at least one batch is required, got none"),
     (
         lambda: collect(LoRA(r=1, target_modules=["q"]), data()),

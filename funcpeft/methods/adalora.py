@@ -25,10 +25,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcpeft import rng
+from funcpeft import errors, rng
 from funcpeft.context import EVAL, Context
 from funcpeft.families import Factored
 from funcpeft.method import FrozenDict, Method
+from funcpeft.transforms import require_alike
 from funcpeft.tree import Adapter, Leaves, Tree, tree_map
 from funcpeft.weights import Base
 
@@ -170,8 +171,11 @@ class AdaLoRA(Factored):
     def allocate_update(self, grads: Tree, state: Allocation, adapter: Adapter) -> tuple[Adapter, Allocation]:
         """Returns the adapter with unimportant triplets set to zero, and the next state.
 
-        To be called once a step, after the optimizer's, with the gradients of that step. The first call is step 0.
+        To be called once a step, after the optimizer's, with the gradients of that step. The first call is step 0. Raises
+        ``TypeError`` if gradients or state are of another adapter.
         """
+        require_alike("grads", grads, adapter.params)
+        require_alike("the allocator's state", state["mean"], adapter.params)
         step, last = state["step"], (self.total_step or 0) - self.tfinal
         learns, chooses = step < last, (step > self.tinit) & (step < last) & (step % self.deltaT == 0)
         mean = tree_map(
@@ -201,6 +205,8 @@ class AdaLoRA(Factored):
             s = {n: mean[path][n] * deviation[path][n] for n in ("A", "B", "E")}
             scores[path] = s["E"][..., 0] + (s["A"].mean(-1) + s["B"].mean(-2))
         whole = torch.cat(list(scores.values())).sort().values
+        if not len(whole):  # nothing is left to drop
+            return {p: s.to(torch.bool) for p, s in scores.items()}
         dropped = (len(whole) - budget).clamp(0, len(whole))
         limit = torch.where(dropped > 0, whole.take((dropped - 1).clamp(min=0)), -torch.inf)
         return {p: s > limit for p, s in scores.items()}
@@ -208,8 +214,13 @@ class AdaLoRA(Factored):
     def pruned(self, adapter: Adapter, state: Allocation) -> tuple[AdaLoRA, Adapter]:
         """Returns the method and the adapter without the triplets that the allocator has dropped, as files hold them.
 
-        The net of the pruned adapter is another: ``adapt(model, method)``. A site may be left with none.
+        The net of the pruned adapter is another: ``adapt(model, method)``. A site may be left with none. Raises
+        ``ValueError`` for a stack.
         """
+        stacked = [p for p, v in adapter.params.items() if v["E"].ndim != 2]
+        if stacked:
+            rule, remedy = "members are pruned apart, as their ranks differ", "unstack the adapter and the state"
+            raise ValueError(errors.say(self.label, rule, f"a stack at {errors.listed(stacked)}", remedy))
         kept = {p: state["kept"][p] for p in adapter.params}
         params = {p: {"A": v["A"][kept[p]], "E": v["E"][kept[p]], "B": v["B"][:, kept[p]]} for p, v in adapter.params.items()}
         consts = {p: {**v, "rank": kept[p].sum()} for p, v in adapter.consts.items()}

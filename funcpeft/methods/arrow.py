@@ -53,6 +53,16 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+def listed_experts(where: str, experts: Any, name: str = "experts") -> list[Adapter]:
+    """Returns experts as a list; raises ``TypeError`` if they are no sequence of adapters."""
+    given = list(experts) if isinstance(experts, Sequence) else [experts]
+    for one in given:
+        if not isinstance(one, Adapter):
+            rule, found = f"{name} must be a list of LoRA adapters, one Adapter each", type(one).__name__
+            raise TypeError(errors.say(where, rule, found, f"pass {name}=[...]"))
+    return given
+
+
 def checked_experts(where: str, experts: Any, sites: Mapping[str, Base], name: str = "experts") -> list[Adapter]:
     """Returns experts as a list, after a check that they are adapters at sites of a net.
 
@@ -60,11 +70,7 @@ def checked_experts(where: str, experts: Any, sites: Mapping[str, Base], name: s
         TypeError: If they are no sequence of adapters.
         ValueError: If there is none, or one adapts something else.
     """
-    given = list(experts) if isinstance(experts, Sequence) else [experts]
-    for one in given:
-        if not isinstance(one, Adapter):
-            rule, found = f"{name} must be a list of LoRA adapters, one Adapter each", type(one).__name__
-            raise TypeError(errors.say(where, rule, found, f"pass net.init(params, seed, {name}=[...])"))
+    given = listed_experts(where, experts, name)
     odd = sorted({p for one in given for p in (*one.params, *one.consts)} - sites.keys())
     if not given or odd:
         rule, remedy = f"{name} must adapt sites of the net", "widen target_modules"
@@ -221,6 +227,8 @@ class Arrow(Method):
         return c.new_zeros(*c.shape[:-1], leaves["P"].shape[-2]).scatter(-1, which, c)
 
     def apply(self, leaves: Leaves, base: Base, x: Tensor, context: Context) -> Tensor:
+        remedy = "make it with net.init(params, seed, experts=[...])"
+        self.require_at("P" in leaves, base, "prototypes of experts are required", f"leaves {sorted(leaves)}", remedy)
         a, b = leaves["A"], leaves["B"]
         gain = leaves["scaling"] * self.weights(leaves, x.to(a.dtype))
         hidden = gain[..., None] * base.map(x, a.flatten(0, 1)).unflatten(-1, a.shape[:2])

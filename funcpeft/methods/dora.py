@@ -73,10 +73,9 @@ class DoRA(LoRA):
         """Returns plain DoRA, one with dropout, and one that starts from factors of the base."""
         return cls(r=2, lora_alpha=3), cls(r=2, lora_dropout=0.25), cls(r=1, lora_alpha=3, init_lora_weights="pissa")
 
-    def across_tie(self, leaves: Leaves, site: Base, other: Base) -> Leaves:
+    def check_tie(self, site: Base, other: Base) -> None:
         rule, remedy = "the magnitude of an embedding has no counterpart at its tied head", "use LoRA, or do not tie"
         self.require_at(site.takes_ids == other.takes_ids, other, rule, None, remedy)
-        return super().across_tie(leaves, site, other)
 
     def init_site(self, base: Base, gen: Any) -> tuple[Leaves, Leaves]:
         params, consts = super().init_site(base, gen)

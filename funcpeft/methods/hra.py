@@ -19,6 +19,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -105,6 +106,13 @@ class HRA(Method):
         u = wide(leaves["U"])
         x = x.to(torch.promote_types(x.dtype, u.dtype))
         return base(base.over_in(x, lambda h: self.reflected(h, u)))
+
+    def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
+        """Raises ``ValueError`` if a vector is zero: it has no direction to reflect along."""
+        leaves = super().from_peft(base, tensors)
+        norms = leaves["U"].norm(dim=-2)
+        self.require(bool((norms > 0).all()), self.keys["U"], "vectors that are not zero", f"norms {norms.tolist()}")
+        return leaves
 
     def merge(self, leaves: Leaves, base: Base) -> Base:
         return base.replace(weight=self.reflected(base.weight, leaves["U"], back=True))

@@ -86,7 +86,7 @@ class KaSA(LoRA):
         params, consts = super().init_site(base, gen)
         r = self.rank(base.path)
         u, s, vh = torch.linalg.svd(base.weight, full_matrices=False)
-        tail = {"U": u[:, -r:] * s[-r:], "V": vh[-r:].contiguous()}
+        tail = {"U": (u[:, -r:] * s[-r:]).contiguous(), "V": vh[-r:].contiguous()}
         return {**params, "d": rng.randn((r,), gen)}, {**consts, **tail}
 
     def delta(self, leaves: Leaves, base: Base) -> Tensor:

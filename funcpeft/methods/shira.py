@@ -88,6 +88,8 @@ class SHiRA(Additive):
     def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
         """Makes the leaves; ``masks`` among the needs are boolean ``(out, in)`` by path, and win over ``random_seed``."""
         masks: Mapping[str, Tensor] = needs.pop("masks", {})
+        if not isinstance(masks, Mapping):
+            raise TypeError(errors.say(self.label, "masks must be a dict from paths to masks", type(masks).__name__))
         for path in masks.keys() - sites.keys():
             raise errors.NameMissingError(
                 errors.say(self.label, "masks must be of sites", repr(path), errors.nearest(path, sites))

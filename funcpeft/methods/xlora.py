@@ -43,7 +43,7 @@ from funcpeft import errors, rng
 from funcpeft.context import Context
 from funcpeft.fields import thaw
 from funcpeft.method import Method
-from funcpeft.methods.arrow import bank, checked_experts
+from funcpeft.methods.arrow import bank, checked_experts, listed_experts
 from funcpeft.methods.lora import LoRA
 from funcpeft.tree import Adapter, Leaves, Tree
 from funcpeft.weights import Base
@@ -161,7 +161,7 @@ class XLoRA(Method):
         if experts is None:
             rule, remedy = "the file does not hold the experts", "pass load_peft(..., experts=[...])"
             raise ValueError(errors.say(self.label, rule, sorted(self.adapters or ()), remedy))
-        paths = {p for one in experts for p in (*one.params, *one.consts)}
+        paths = {p for one in listed_experts(self.label, experts) for p in (*one.params, *one.consts)}
         return replace(self, target_modules=tuple(sorted(paths)))
 
     # -- init ----------------------------------------------------------------------------------------------------------
