@@ -72,8 +72,8 @@ class Checked:
             distinct: Whether they must differ along the last axis.
         """
         wide = places.to(torch.float64 if places.is_floating_point() else torch.int64)
-        whole = bool(((wide >= 0) & (wide < below) & (wide == wide.floor())).all())
-        self.require(whole, name, f"whole numbers from 0 to {below - 1}", f"{wide.min().item():g} to {wide.max().item():g}")
+        outside = wide[(wide < 0) | (wide >= below) | (wide != wide.floor())]
+        self.require(not len(outside), name, f"whole numbers from 0 to {below - 1}", outside[:1].tolist())
         if distinct:
             ordered = wide.sort(-1).values
             self.require(bool((ordered.diff(dim=-1) > 0).all()), name, "different from each other", "some twice")

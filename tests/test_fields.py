@@ -141,7 +141,7 @@ BAD = [
     (FROD, {"frod_s_indices.0": again}, "frod_s_indices must be different from each other"),
     (FROD, {"frod_s_indices.0": lambda t: put(t[0, 0].clone(), 1, 0)(t)}, "frod_s_indices must be off the diagonal"),
     (FROD, {"frod_s_size.0": put(9, 0)}, r"frod_s_size must be that of V, \[8, 8\], got \[9, 8\]"),
-    (UNI, {"unilora_indices_A": put(-1, 0, 0)}, "unilora_indices_A must be whole numbers from 0 to 6, got '-1 to"),
+    (UNI, {"unilora_indices_A": put(-1, 0, 0)}, "unilora_indices_A must be whole numbers from 0 to 6, got \\[-1\\]"),
     (UNI, {"unilora_indices_B": put(7, 0, 0)}, "unilora_indices_B must be whole numbers from 0 to 6"),
     (HRA(r=2), {"hra_u": lambda t: t * 0}, r"hra_u must be vectors that are not zero, got 'norms \[0.0, 0.0\]'"),
     (BANK, {"logits_A_topk_indices": put(5, 0, 0, 0)}, "vblora_logits_A_topk_indices must be whole numbers from 0 to 4"),
