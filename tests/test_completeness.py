@@ -8,7 +8,7 @@ import peft
 import pytest
 
 from funcpeft import methods
-from funcpeft.interop.peft import registered
+from funcpeft.interop.peftconfig import registered
 
 #: Methods of peft that are not here yet: of the prompt-learning family alone.
 TO_COME = {

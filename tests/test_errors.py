@@ -676,9 +676,9 @@ WITHOUT = {
     ("layers.py", "Kind.adjoint"): "as above",
     ("standins.py", "StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
     ("__main__.py", "<module>"): "the exit code of the command",
-    ("interop/peft.py", "_filled"): "of copies that sites share, test_methods_lily.py",
-    ("interop/peft.py", "_leaves_of"): "of places that a file holds, test_fields.py",
-    ("interop/peft.py", "_require_equal"): "of a tied weight's two modules, test_tied_layers.py",
+    ("interop/pefttensors.py", "_filled"): "of copies that sites share, test_methods_lily.py",
+    ("interop/pefttensors.py", "_leaves_of"): "of places that a file holds, test_fields.py",
+    ("interop/pefttensors.py", "_require_equal"): "of a tied weight's two modules, test_tied_layers.py",
 }
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from funcpeft.adapt import adapt, peft_init
 from funcpeft.errors import CheckpointError, NoMatchError
 from funcpeft.functional import functionalize
-from funcpeft.interop import peft as interop
 from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.interop.pefttensors import file_prefixes
 from funcpeft.methods import IA3, DoRA, Full, LNTuning, LoRA, TrainableTokens
 from funcpeft.stacking import stack, unstack
 from funcpeft.tree import as_tuple, tree_leaves, tree_map
@@ -320,7 +320,7 @@ def test_a_failing_write_leaves_both_old_files_and_no_others(saved, monkeypatch,
         raise OSError("no space left on device")
 
     if failing == WEIGHTS:
-        monkeypatch.setattr(interop, "save_file", full)
+        monkeypatch.setattr("funcpeft.interop.peft.save_file", full)
     else:
         monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
@@ -570,7 +570,7 @@ def test_attention_has_pefts_keys_both_ways(tmp_path):
 def test_a_root_without_a_name_is_written_without_a_stray_dot():
     model, _ = functionalize(nn.MultiheadAttention(8, 2))
     net = adapt(model, LoRA(r=2, target_parameters=["in_proj_weight"]))
-    assert interop.file_prefixes(net, net.entries[0]) == {"in_proj_weight": ""}
+    assert file_prefixes(net, net.entries[0]) == {"in_proj_weight": ""}
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -20,7 +20,8 @@ from funcpeft import methods
 from funcpeft.adapt import adapt, peft_init
 from funcpeft.context import Context
 from funcpeft.functional import functionalize
-from funcpeft.interop.peft import load_peft, method_of, read_config, registered, save_peft
+from funcpeft.interop.peft import load_peft, save_peft
+from funcpeft.interop.peftconfig import method_of, read_config, registered
 from funcpeft.tree import as_tuple
 
 #: What peft warns of when it reads a file that is as it should be.
