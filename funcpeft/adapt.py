@@ -423,7 +423,7 @@ class Net:
         attached = self.attach(params, adapter)
         attached = {k: v for k, v in attached.items() if k in params or k not in self._kept_ties()}
         try:
-            merged, report = merge_params(params, attached, how)
+            merged, report = merge_params(params, attached, self.model.ties, how)
         except (KeyError, RuntimeError) as e:
             self.explain(adapter, e)
             raise
@@ -447,7 +447,7 @@ class Net:
                     leaves = entry.leaves(one, path)
                     leaves = leaves if here is site else self.tied_leaves(entry.method, leaves, site, here)
                     out[here.weight], back = unmerge_site(entry.method, leaves, here, dense(before), bias)
-                    if here.bias is not None and back is not None:
+                    if here.bias is not None and back is not None and (here.bias in out or not torch.equal(back, bias)):
                         out[here.bias] = back
         return out
 

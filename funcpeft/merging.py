@@ -297,7 +297,9 @@ def innermost(expr: Any) -> Any:
     return expr
 
 
-def merge_params(plain: Mapping[str, Any], attached: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], MergeReport]:
+def merge_params(
+    plain: Mapping[str, Any], attached: Mapping[str, Any], ties: Mapping[str, str], target: Target
+) -> tuple[dict[str, Any], MergeReport]:
     """Merges a tree of params with expressions: every ``Adapted`` leaf becomes a stored weight, all others are shared."""
     merged, rows, notes = dict(attached), {}, []
     untouched = {id(v) for v in plain.values()}
@@ -308,12 +310,14 @@ def merge_params(plain: Mapping[str, Any], attached: Mapping[str, Any], target: 
         if not isinstance(expr, Adapted):
             continue
         site = expr.site
-        bias = None if site.bias is None else dense(attached[site.bias])
+        held = site.bias if site.bias in attached else ties.get(site.bias or "")
+        bias = None if held is None else dense(attached[held])
         one = merge_site(expr, bias, target)
         kept = isinstance(one.leaf, Tensor) and one.leaf._base is expr.base  # a method of biases returns a view of the weight
         merged[key], rows[site.path] = expr.base if kept else one.leaf, one.measures
-        if one.bias is not None and site.bias is not None:
-            merged[site.bias] = one.bias
+        if one.bias is not None and bias is not None and site.bias is not None:
+            tied = held != site.bias and torch.equal(one.bias, bias.to(one.bias.dtype))  # then its owner's tensor serves it too
+            merged |= {} if tied else {site.bias: one.bias}
         if one.note:
             notes.append(one.note)
     for key in attached.keys() - plain.keys():

@@ -142,6 +142,31 @@ def test_gradients_of_a_tied_update_are_those_of_both_modules():
         assert torch.allclose(got["model.embed_tokens"][name], t, rtol=1e-9)
 
 
+class BiasToo(nn.Module):
+    """A head that shares weight and bias with a layer before it, as BERT's shares its bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head.weight, self.head.bias = self.first.weight, self.first.bias
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("cls", [fp.LoRA, fp.IA3])
+def test_merging_a_tied_head_unties_what_it_changes(cls):
+    torch.manual_seed(0)
+    model, params = fp.functionalize(BiasToo().double())
+    fields = {"r": 2} if cls is fp.LoRA else {"feedforward_modules": []}
+    net = fp.adapt(model, cls(target_modules=["head"], **fields))
+    adapter, x = moved(net.init(params, 0)), torch.randn(3, 4, dtype=torch.float64)
+    merged, _ = net.merge(params, adapter)
+    torch.testing.assert_close(model(merged, x), net(params, adapter, x))
+    assert merged.keys() - params.keys() == {"head.weight"} | ({"head.bias"} if cls is fp.IA3 else set())
+    torch.testing.assert_close(model(net.unmerge(merged, adapter), x), model(params, x))
+
+
 def test_copies_that_were_trained_apart_are_refused(tmp_path):
     model, params = fp.functionalize(tied())
     net = fp.adapt(model, fp.LoRA(r=2, ensure_weight_tying=True, target_modules=["embed_tokens"]))
