@@ -447,7 +447,9 @@ class Net:
                     leaves = entry.leaves(one, path)
                     leaves = leaves if here is site else self.tied_leaves(entry.method, leaves, site, here)
                     out[here.weight], back = unmerge_site(entry.method, leaves, here, dense(before), bias)
-                    if here.bias is not None and back is not None and (here.bias in out or not torch.equal(back, bias)):
+                    if bias is None or back is None or here.bias is None:
+                        continue
+                    if here.bias in out or not torch.equal(back, bias):  # else its owner's tensor serves it too
                         out[here.bias] = back
         return out
 

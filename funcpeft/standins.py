@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from funcpeft import errors, layers
@@ -148,7 +149,17 @@ def _meeting(base: type) -> type:
     def forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
         return self.__dict__["_binding"].meet(*args, *kwargs.values())
 
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    return type(base.__name__, (base,), {"forward": forward, "_apply": _kept, "__module__": base.__module__})
+
+
+def _kept(module: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """Takes the place of ``Module._apply`` for a layer that its model moves in the call, mostly to where it is already."""
+    expr = module.__dict__["_binding"].expr
+    wanted = fn(torch.empty(0, dtype=expr.dtype, device=expr.device))
+    if (wanted.dtype, wanted.device) != (expr.dtype, expr.device):
+        rule, remedy = "an adapted layer that its model casts in the call must have that dtype", "cast the base first"
+        raise TypeError(errors.say(module.__dict__["_binding"].site.path, rule, f"{expr.dtype}, not {wanted.dtype}", remedy))
+    return module
 
 
 def _bias_of(module: Any) -> Any:

@@ -562,3 +562,30 @@ def test_a_method_may_not_be_replaced_by_a_later_one():
     with pytest.raises(ValueError, match=r"full at 'up.weight': must not replace the weight that lora adapts before it"):
         adapt(model, [LoRA(target_modules=["up"]), Full(target_modules=["up"])])
     adapt(model, [Full(target_modules=["up"]), LoRA(target_modules=["up"])])
+
+
+class Casting(nn.Module):
+    """A model that moves a layer in the call, as routers of Switch Transformers do."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.lin, self.dtype = nn.Linear(3, 2), dtype
+
+    def forward(self, x):
+        self.lin = self.lin.to(self.dtype)
+        return self.lin(x)
+
+
+def test_a_layer_that_is_moved_in_the_call_to_where_it_is_stays():
+    model, params = functionalize(Casting(torch.float32))
+    net = adapt(model, LoRA(r=1, target_modules=["lin"], init_lora_weights=False))
+    adapter, x = net.init(params, 0), torch.ones(4, 3)
+    merged, _ = net.merge(params, adapter)
+    torch.testing.assert_close(net(params, adapter, x), model(merged, x))
+
+
+def test_a_layer_that_is_cast_in_the_call_is_refused():
+    model, params = functionalize(Casting(torch.float64))
+    net = adapt(model, LoRA(r=1, target_modules=["lin"]))
+    with pytest.raises(TypeError, match=r"lin: an adapted layer that its model casts.*not torch.float64; cast the base"):
+        net(params, net.init(params, 0), torch.ones(4, 3).double())

@@ -675,6 +675,7 @@ WITHOUT = {
     ("layers.py", "Kind.map"): "as above",
     ("layers.py", "Kind.adjoint"): "as above",
     ("standins.py", "StandIn.__getattr__"): "Python's protocol of missing attributes, not a message for users",
+    ("standins.py", "_kept"): "of a layer that its model casts in the call, test_adapt.py",
     ("__main__.py", "<module>"): "the exit code of the command",
     ("interop/pefttensors.py", "_filled"): "of copies that sites share, test_methods_lily.py",
     ("interop/pefttensors.py", "_leaves_of"): "of places that a file holds, test_fields.py",
