@@ -69,10 +69,7 @@ def require_alive(entries: Sequence[Entry]) -> None:
 
 def entries_of(model: Model, method: Method) -> Iterator[Entry]:
     """Yields a method's own entry, then those that its fields for whole modules, biases and tokens become."""
-    known = getattr(model.config, "model_type", None)
-    method = method.resolve(
-        lambda family, field: targets.default_targets(model, family, method.label, field) if known else None
-    )
+    method = resolved(model, method)
     if method.wraps and hasattr(method, "check_model"):
         method.check_model(ModelFacts(model, {}))  # type: ignore[attr-defined]
     yield Entry(method, targets.sites_of(model, method) if method.sited else {})
@@ -81,8 +78,10 @@ def entries_of(model: Model, method: Method) -> Iterator[Entry]:
         yield Entry(full, targets.sites_of(model, full), "modules_to_save")
     bias = getattr(method, "bias", "none")
     if bias != "none":
-        keys = bias_keys(model, method, every=bias == "all")
-        full = Full(target_modules=(), target_parameters=keys)
+        keys = bias_keys(model, method)
+        if not keys:
+            raise errors.NoMatchError(errors.say(method.label, "bias must find a bias to train", "none", "use bias='none'"))
+        full = Full(target_modules=(), target_parameters=keys, ensure_weight_tying=True)  # peft trains them where they are
         yield Entry(full, targets.sites_of(model, full), "bias")
     tokens = getattr(method, "trainable_token_indices", None)
     if tokens:
@@ -92,9 +91,15 @@ def entries_of(model: Model, method: Method) -> Iterator[Entry]:
             yield Entry(one, targets.sites_of(model, one), "trainable_token_indices")
 
 
-def bias_keys(model: Model, method: Method, *, every: bool) -> tuple[str, ...]:
-    """Lists the biases that ``bias="all"`` (or the targets' only) trains."""
-    if every:
+def resolved(model: Model, method: Method) -> Method:
+    """Returns a method with the fields filled that depend on the architecture."""
+    known = getattr(model.config, "model_type", None)
+    return method.resolve(lambda family, field: targets.default_targets(model, family, method.label, field) if known else None)
+
+
+def bias_keys(model: Model, method: Method) -> tuple[str, ...]:
+    """Lists the biases that the ``bias`` of a resolved method trains: all, or those of its targets."""
+    if method.bias == "all":  # type: ignore[attr-defined]
         saved = method.modules_to_save or ()  # those are trained whole already
         keys = tuple(
             k
@@ -102,9 +107,8 @@ def bias_keys(model: Model, method: Method, *, every: bool) -> tuple[str, ...]:
             if k not in model.buffers and k.rsplit(".", 1)[-1] == "bias" and not targets.under(saved, k.rpartition(".")[0])
         )
     else:
-        keys = tuple(s.bias for s in targets.sites_of(model, method).values() if s.bias is not None)
-    if not keys:
-        raise errors.NoMatchError(errors.say(method.label, "bias must find a bias to train", "none", "use bias='none'"))
+        own = [s.bias for s in targets.sites_of(model, method).values() if s.bias is not None]
+        keys = tuple(dict.fromkeys(model.ties.get(key, key) for key in own))
     return keys
 
 

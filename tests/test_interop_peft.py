@@ -664,3 +664,52 @@ def test_a_method_that_replaces_parameters_round_trips(tmp_path):
     assert equal(load_peft(model, params, tmp_path)[1], adapter)
     with torch.no_grad():
         torch.testing.assert_close(read_by_peft(module(Normed), tmp_path)(IDS), net(params, adapter, IDS))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_file_that_trains_biases_of_a_model_without_any_is_read(bias, tmp_path):
+    def bare():
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(4, 4, bias=False)).double()
+
+    wrapped, x = theirs(bare(), peft.LoraConfig(r=2, target_modules=["0"], bias=bias)), torch.ones(2, 4).double()
+    wrapped.save_pretrained(tmp_path)
+    model, params = functionalize(bare())
+    net, adapter = load_peft(model, params, tmp_path)
+    torch.testing.assert_close(net(params, adapter, x), wrapped(x))
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(self.lin(x))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["head"]),
+        peft.LoraConfig(r=2, target_modules=["lin"], modules_to_save=["head"], bias="all"),
+        peft.LNTuningConfig(target_modules=["head.0"]),
+    ],
+    ids=["saved", "saved with biases", "tuned"],
+)
+def test_modules_with_buffers_both_ways(config, tmp_path):
+    def normed():
+        made = module(Normed, torch.float64)
+        made.head[0].running_mean.copy_(torch.arange(4.0))
+        return made
+
+    wrapped, x = theirs(normed(), config), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model, params = functionalize(normed())
+    net, adapter = load_peft(model, params, tmp_path / "theirs")
+    torch.testing.assert_close(net(params, adapter, x), wrapped(x))
+    if config.modules_to_save:
+        with pytest.raises(ValueError, match=r"files of saved modules hold their buffers too, got 'head.0.num.*params=params"):
+            save_peft(net, adapter, tmp_path / "ours")
+    save_peft(net, adapter, tmp_path / "ours", params=params)
+    torch.testing.assert_close(read_by_peft(normed(), tmp_path / "ours")(x), wrapped(x))

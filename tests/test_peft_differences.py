@@ -434,6 +434,33 @@ def test_an_entry_that_matches_nothing_is_an_error(fields):
 
 @differs(
     "LoRA",
+    "a weight that the model reads itself, as DeBERTa's `rel_embeddings`, gets no update in the call, and gets it in the merge",
+    "every read meets the adapted weight",
+)
+def test_a_weight_that_the_model_reads_itself_is_adapted():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(10, 6)
+
+        def forward(self, x):
+            return x @ self.emb.weight.T
+
+    def base():
+        torch.manual_seed(4)
+        return Reads().double().eval()
+
+    x = torch.ones(2, 6).double()
+    model, params, net, adapter = ours(base(), LoRA(r=2, target_modules=["emb"]))
+    torch.testing.assert_close(model(net.merge(params, adapter)[0], x), net(params, adapter, x))
+    wrapped = theirs(base(), peft.LoraConfig(r=2, target_modules=["emb"]))
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(x), base()(x))
+        assert far(wrapped(x), wrapped.merge_and_unload()(x))
+
+
+@differs(
+    "LoRA",
     "on a tied embedding without `ensure_weight_tying` the forward changes the embedding, the merge both",
     "the embedding in both; the report says that the two are untied",
 )

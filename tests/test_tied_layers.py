@@ -142,6 +142,63 @@ def test_gradients_of_a_tied_update_are_those_of_both_modules():
         assert torch.allclose(got["model.embed_tokens"][name], t, rtol=1e-9)
 
 
+@differs(
+    "LoRA",
+    "`ensure_weight_tying` ties modules named `embed_tokens` and `lm_head` alone; of others, as `wte`, one is adapted without "
+    "a word, and files of them are read differently than they were written",
+    "any tied tensor; such a file is refused, and one that is written names every module, so that peft computes the same",
+)
+@pytest.mark.parametrize("fields", [{"target_modules": ["wte"]}, {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}])
+def test_a_tie_of_modules_with_other_names(fields, tmp_path):
+    module = zoo.model("gpt2").double()
+    wrapped = theirs(copy.deepcopy(module), ensure_weight_tying=True, **fields)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model, params = fp.functionalize(module)
+    with pytest.raises(CheckpointError, match=r"a file must hold what acts on every module.*lm_head.*; peft ties embed_tokens"):
+        fp.load_peft(model, params, tmp_path / "theirs")
+    net = fp.adapt(model, fp.LoRA(r=2, lora_alpha=3, ensure_weight_tying=True, **fields))
+    adapter = moved(net.init(params, 0))
+    fp.save_peft(net, adapter, tmp_path / "ours")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(module), tmp_path / "ours").eval()(input_ids=IDS).logits
+    want = net(params, adapter, input_ids=IDS).logits
+    torch.testing.assert_close(read, want)
+    back, again = fp.load_peft(model, params, tmp_path / "ours")
+    torch.testing.assert_close(back(params, again, input_ids=IDS).logits, want)
+
+
+class Twice(nn.Module):
+    """A model that calls one layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.c = self.a
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+@differs(
+    "LoRA",
+    "a layer that stands under two names is adapted where it is called by the first, and merged for both",
+    "a layer is one: adapted and merged wherever it is called",
+)
+def test_a_layer_under_two_names():
+    torch.manual_seed(0)
+    module, x = Twice().double(), torch.randn(3, 4, dtype=torch.float64)
+    wrapped = theirs(copy.deepcopy(module), target_modules=["a"])
+    with torch.no_grad():
+        called = wrapped(x)
+        merged = wrapped.merge_and_unload()(x)
+    assert not torch.allclose(called, merged)
+    model, params = fp.functionalize(module)
+    net = fp.adapt(model, fp.LoRA(r=2, target_modules=["a"]))
+    adapter = moved(net.init(params, 0))
+    torch.testing.assert_close(model(net.merge(params, adapter)[0], x), net(params, adapter, x))
+
+
 class BiasToo(nn.Module):
     """A head that shares weight and bias with a layer before it, as BERT's shares its bias."""
 
@@ -165,6 +222,23 @@ def test_merging_a_tied_head_unties_what_it_changes(cls):
     torch.testing.assert_close(model(merged, x), net(params, adapter, x))
     assert merged.keys() - params.keys() == {"head.weight"} | ({"head.bias"} if cls is fp.IA3 else set())
     torch.testing.assert_close(model(net.unmerge(merged, adapter), x), model(params, x))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_tied_bias_is_trained_for_every_module_that_reads_it(bias, tmp_path):
+    torch.manual_seed(0)
+    module, x = BiasToo().double(), torch.randn(3, 4, dtype=torch.float64)
+    wrapped = theirs(copy.deepcopy(module), target_modules=["head"], bias=bias)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model, params = fp.functionalize(module)
+    net, adapter = fp.load_peft(model, params, tmp_path / "theirs")
+    with torch.no_grad():
+        torch.testing.assert_close(net(params, adapter, x), wrapped(x))
+    fp.save_peft(net, adapter, tmp_path / "ours")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(module), tmp_path / "ours").eval()(x)
+    torch.testing.assert_close(read, net(params, adapter, x))
 
 
 def test_copies_that_were_trained_apart_are_refused(tmp_path):

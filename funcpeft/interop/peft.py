@@ -19,8 +19,8 @@ from funcpeft import errors
 from funcpeft.adapt import Net, adapt
 from funcpeft.entries import Entry
 from funcpeft.functional import Model, Params
-from funcpeft.interop.peftconfig import TASKS, config_of, method_of, read_config, require_heads, without_absent_heads
-from funcpeft.interop.pefttensors import ROOT, fill, read_tensors, tensors_of
+from funcpeft.interop.peftconfig import TASKS, config_of, method_of, read_config, require_heads, without_absent_parts
+from funcpeft.interop.pefttensors import ROOT, buffers_of, fill, read_tensors, tensors_of
 from funcpeft.tree import Adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,7 +67,7 @@ def load_peft(
     except IndexError as e:
         rule = f"tensors must have the axes of {method.label}"
         raise errors.CheckpointError(errors.say(str(folder / WEIGHTS), rule, "fewer")) from e
-    net = adapt(model, without_absent_heads(model, method, config))
+    net = adapt(model, without_absent_parts(model, method, config))
     return net, fill(net, params, tensors, str(folder / WEIGHTS), **needs)
 
 
@@ -109,6 +109,7 @@ def save_peft(
     adapter: Adapters,
     path: str | os.PathLike[str],
     *,
+    params: Params | None = None,
     task_type: str | None = None,
     base_model_name_or_path: str | None = None,
 ) -> None:
@@ -118,11 +119,13 @@ def save_peft(
         net: The net that the adapter is for.
         adapter: One adapter; a stacked one must be unstacked first.
         path: The directory; made if it is not there. Both files are written beside their places and then renamed.
+        params: The base's leaves; needed where ``modules_to_save`` names a module with buffers, which peft's files hold too.
         task_type: peft's task type, or ``None``.
         base_model_name_or_path: Where the base comes from, for readers that load it.
 
     Raises:
-        ValueError: If the net has several methods, a field has no place in peft's config, or a leaf is not finite.
+        ValueError: If the net has several methods, a field has no place in peft's config, a leaf is not finite, or ``params``
+            are needed.
         TypeError: If the adapter was not made for this net, or is stacked.
     """
     entry = _single(net)
@@ -131,7 +134,7 @@ def save_peft(
         raise ValueError(errors.one_of("save_peft", "task_type", task_type, TASKS))
     given = net._matched(adapter)
     net._require_finite(adapter)
-    tensors = tensors_of(net, given)
+    tensors = {**tensors_of(net, given), **buffers_of(net, entry.method, params)}
     config = config_of(net, entry, given[net.entries.index(entry)], task_type, base_model_name_or_path)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():

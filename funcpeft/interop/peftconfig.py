@@ -13,7 +13,7 @@ from typing import Any
 
 from funcpeft import errors, methods
 from funcpeft.adapt import Net
-from funcpeft.entries import Entry
+from funcpeft.entries import Entry, bias_keys, resolved
 from funcpeft.facts import ModelFacts
 from funcpeft.functional import Model
 from funcpeft.method import Method
@@ -24,6 +24,8 @@ PEFT_VERSION = "0.21.2"
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _HEADED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _HEADS = ("classifier", "score", "qa_outputs")  # peft adds these to modules_to_save whether or not the model has them
+#: The names of modules that peft ties; of others it ties none, without a word.
+TIED = ("embed_tokens", "lm_head")
 _COMMON = {
     "peft_type",
     "task_type",
@@ -118,8 +120,10 @@ def _refused(cls: type[Method], config: Mapping[str, Any]) -> list[str]:
     return sorted({*wrong, *unknown})
 
 
-def without_absent_heads(model: Model, method: Method, config: Mapping[str, Any]) -> Method:
-    """Drops the head names that peft adds for a task and that this model does not have."""
+def without_absent_parts(model: Model, method: Method, config: Mapping[str, Any]) -> Method:
+    """Drops what peft takes without a word: head names that it adds for a task, and biases, that this model does not have."""
+    if getattr(method, "bias", "none") != "none" and not bias_keys(model, resolved(model, method)):
+        method = dataclasses.replace(method, bias="none")
     if not method.modules_to_save or config.get("task_type") not in _HEADED:
         return method
     paths = [p for p, _ in model.modules()]
@@ -144,6 +148,7 @@ def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, n
         }
     elif method.sited and "target_modules" in config:
         config["target_modules"] = _targets(method, entry)
+    config = _untied(net, config)
     task = task_type or config.get("task_type")
     cls = type(net.model.root)
     return {
@@ -156,6 +161,21 @@ def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, n
         "base_model_name_or_path": name or getattr(net.model.config, "_name_or_path", None) or None,
         "auto_mapping": None if task else {"base_model_class": cls.__name__, "parent_library": cls.__module__},
     }
+
+
+def _untied(net: Net, config: dict[str, Any]) -> dict[str, Any]:
+    """Names every module of a tie that peft would not tie, whose copies in the file then do the same as one tensor."""
+    out = dict(config)
+    for entry in net.entries:
+        ties = {s.weight: net.bound_keys(entry.method, s) for s in entry.sites.values()}
+        modules = [key.rpartition(".")[0] for owner, others in ties.items() if others for key in (owner, *others)]
+        if entry.role not in ("method", "modules_to_save") or not out.get("ensure_weight_tying"):
+            continue
+        if any(m.rpartition(".")[2] not in TIED for m in modules):
+            field = "target_modules" if entry.role == "method" else entry.role
+            known = out[field] if isinstance(out[field], list) else [s.path for s in entry.sites.values()]
+            out |= {"ensure_weight_tying": False, field: list(dict.fromkeys((*known, *modules)))}
+    return out
 
 
 def _targets(method: Method, entry: Entry) -> Any:

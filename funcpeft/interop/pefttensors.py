@@ -14,11 +14,13 @@ import safetensors
 import torch
 from torch import Tensor
 
-from funcpeft import errors
+from funcpeft import errors, targets
 from funcpeft.adapt import Net
 from funcpeft.entries import Entry
 from funcpeft.functional import Params
+from funcpeft.interop.peftconfig import TIED
 from funcpeft.method import Method
+from funcpeft.methods.trainabletokens import TrainableTokens
 from funcpeft.sitetable import shapes_of
 from funcpeft.tree import Adapter, Leaves, all_finite, as_tuple
 from funcpeft.weights import Base
@@ -36,8 +38,7 @@ def file_prefixes(net: Net, entry: Entry) -> dict[str, str]:
     for path, site in entry.sites.items():
         owner, _, name = site.weight.rpartition(".")
         if entry.role == "bias":
-            targeted = {s.bias for e in net.entries if e.role == "method" for s in e.sites.values()}
-            prefixes[path] = f"{owner}.base_layer.{name}" if site.weight in targeted else site.weight
+            prefixes[path] = _bias_key(net, site.weight)
         elif entry.method.takes_any:
             prefixes[path] = ".".join(part for part in (owner, entry.method.file_infix, name) if part)
         elif entry.role == "trainable_token_indices":
@@ -52,6 +53,19 @@ def file_prefixes(net: Net, entry: Entry) -> dict[str, str]:
         for depth, path in enumerate(reversed(paths)):
             prefixes[path] = (f"{owner}." if owner else "") + "base_layer." * depth
     return prefixes
+
+
+def _bias_key(net: Net, key: str) -> str:
+    targeted = {s.bias for e in net.entries if e.role == "method" for s in e.sites.values()}
+    owner, _, name = key.rpartition(".")
+    return f"{owner}.base_layer.{name}" if key in targeted else key
+
+
+def _tied_prefix(net: Net, entry: Entry, alias: str) -> str:
+    """Returns what stands before an entry's keys for another module that reads a tensor."""
+    if entry.method.takes_any:
+        return _bias_key(net, alias) if entry.role == "bias" else alias
+    return f"{net.model.site(alias).path}." + "token_adapter." * (entry.role == "trainable_token_indices")
 
 
 def _entry_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[str, str, str, Tensor]]:
@@ -78,9 +92,8 @@ def _tied_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[st
         for alias in net.bound_keys(entry.method, site):
             other = net.model.site(alias)
             leaves = net.tied_leaves(entry.method, entry.leaves(adapter, path), site, other)
-            prefix = alias if entry.method.takes_any else f"{other.path}."
             for key, t in entry.method.to_peft(Base(other, _meta(other)), leaves).items():
-                yield ROOT + prefix + key, t
+                yield ROOT + _tied_prefix(net, entry, alias) + key, t
 
 
 def _meta(site: Any) -> Tensor:
@@ -94,6 +107,18 @@ def tensors_of(net: Net, adapters: tuple[Adapter, ...]) -> dict[str, Tensor]:
         own = [(key, t) for key, _, _, t in _entry_tensors(net, entry, one)]
         found |= {key: t.detach().to("cpu").contiguous().clone() for key, t in (*own, *_tied_tensors(net, entry, one))}
     return found
+
+
+def buffers_of(net: Net, method: Method, params: Params | None) -> dict[str, Tensor]:
+    """Returns the buffers of modules that are saved whole, which peft reads from a file as it does their parameters."""
+    saved, modules = method.modules_to_save or (), dict(net.model.root.named_modules())
+    keys = [key for key in sorted(net.model.buffers) if targets.under(saved, key.rpartition(".")[0])]
+    keys = [key for key in keys if key.rpartition(".")[2] not in modules[key.rpartition(".")[0]]._non_persistent_buffers_set]
+    if keys and params is None:
+        rule, remedy = "files of saved modules hold their buffers too", "pass save_peft(..., params=params)"
+        raise ValueError(errors.say("save_peft", rule, errors.listed(keys), remedy))
+    root = ROOT if _injected(net) else "base_model."
+    return {root + key: params[key].detach().to("cpu").contiguous().clone() for key in keys} if params else {}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------------
@@ -119,7 +144,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def fill(net: Net, params: Params, tensors: Mapping[str, Tensor], where: str, **needs: Any) -> Any:
     """Returns an adapter of a net whose saved leaves are a file's; what the file does not hold is made as at init."""
     named = {key if key.startswith("base_model.") or not _injected(net) else ROOT + key: t for key, t in tensors.items()}
-    named = _without_wrappers(named)
+    named = _by_owner(net, _without_wrappers(named), where)
     _require_those_of(net, params, named, needs, where)
     made: list[Adapter] = []
     wrong, left = _Wrong(), dict(named)
@@ -149,7 +174,7 @@ class _Wrong:
 
 def _require_those_of(net: Net, params: Params, tensors: Mapping[str, Tensor], needs: Mapping[str, Any], where: str) -> None:
     """Raises ``CheckpointError`` unless tensors are those of the sites, by shapes alone: a config may claim any size."""
-    wrong, left = _Wrong(), dict(tensors)
+    wrong, left, untied = _Wrong(), dict(tensors), list[str]()
     for entry in net.entries:
         try:
             fresh = shapes_of(net, entry, inference_mode=True, **needs)
@@ -160,10 +185,15 @@ def _require_those_of(net: Net, params: Params, tensors: Mapping[str, Tensor], n
         except RuntimeError as e:  # torch counts no further
             rule = f"the config of {entry.method.label} must give tensors of possible sizes"
             raise errors.CheckpointError(errors.say(where, rule, str(e).splitlines()[0])) from e
+        untied += [key for key in tied if key not in left and entry.role in ("method", "modules_to_save")]
         for key in tied:
             left.pop(key, None)
     wrong.keys["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
     wrong.raise_if_any(where)
+    if untied:
+        rule = "with ensure_weight_tying a file must hold what acts on every module that reads a tied weight"
+        remedy = f"peft ties {' and '.join(TIED)} alone: set ensure_weight_tying to false in the config"
+        raise errors.CheckpointError(errors.say(where, rule, f"no {errors.listed(untied)}", remedy))
 
 
 def _found(net: Net, entry: Entry, fresh: Adapter, left: dict[str, Tensor], wrong: _Wrong) -> dict[str, dict[str, Tensor]]:
@@ -186,7 +216,29 @@ def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undoes the names under which peft keeps biases of saved modules: the frozen original, and the trained copy."""
     plain = {k: t for k, t in tensors.items() if ".original_module." not in k}
     renamed = {k.replace(".modules_to_save.", "."): t for k, t in plain.items() if ".modules_to_save." in k}
-    return {**renamed, **{k: t for k, t in plain.items() if ".modules_to_save." not in k}}
+    named = {**renamed, **{k: t for k, t in plain.items() if ".modules_to_save." not in k}}
+    again = {k: named.get(k.replace(".default.", ".", 1)) for k in named if ".default." in k}  # the name of peft's adapter
+    return {k: t for k, t in named.items() if (other := again.get(k)) is None or not torch.equal(other, t)}
+
+
+def _by_owner(net: Net, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Drops the copies for other modules of a tied bias, or of tokens of a tied embedding, once they are seen to be equal."""
+    out = dict(tensors)
+    for entry in net.entries:
+        bias = entry.role == "bias"
+        if not bias and not isinstance(entry.method, TrainableTokens):
+            continue
+        prefixes, keys = file_prefixes(net, entry), entry.method.keys.values()
+        for path, site in entry.sites.items():
+            for key in keys:
+                owner = ROOT + prefixes[path] + key
+                for alias in net.bound_keys(entry.method, site):
+                    copy = out.pop(ROOT + _tied_prefix(net, entry, alias) + key, None)
+                    if copy is not None and bias:  # a file of the targets' biases names the target
+                        out.setdefault(owner, copy)
+                    if copy is not None and owner in out:
+                        _require_equal(copy, out[owner], f"{where} at {owner!r}")
+    return out
 
 
 def _injected(net: Net) -> bool:
@@ -253,9 +305,10 @@ def _leaves_of(entry: Entry, path: str, given: Mapping[str, Tensor], where: str)
 
 
 def _tolerated(net: Net, params: Params, key: str, tensor: Tensor, where: str) -> bool:
-    """Whether a surplus tensor is one that peft writes beside: a frozen base weight, or a tied or shared copy."""
-    plain = key.removeprefix(ROOT)
-    base = plain.replace(".base_layer.", ".")
+    """Whether a surplus tensor is one that peft writes beside: a frozen base weight, or a buffer of a trained module."""
+    base = key.removeprefix(ROOT)
+    for infix in ("base_layer", *{e.method.file_infix for e in net.entries if e.method.file_infix}):
+        base = base.replace(f".{infix}.", ".")
     base = net.model.ties.get(base, base)
     if base in params and isinstance(params[base], Tensor):
         if params[base].shape != tensor.shape or not torch.equal(params[base].to(tensor.dtype), tensor):
@@ -268,5 +321,4 @@ def _tolerated(net: Net, params: Params, key: str, tensor: Tensor, where: str) -
                 )
             )
         return True
-    owner, _, last = plain.rpartition(".")
-    return last == "trainable_tokens_delta" and f"{owner}.weight" in net.model.ties
+    return False

@@ -280,9 +280,8 @@ class AdapterModule(nn.Module):
         if not is_main_process:
             return
         state = self.state_dict() if state_dict is None else state_dict
-        save_peft(
-            self.net, self._adapter(lambda name, p: state[f"leaves.{name}"].detach()), save_directory, task_type=self.task_type
-        )
+        adapter = self._adapter(lambda name, p: state[f"leaves.{name}"].detach())
+        save_peft(self.net, adapter, save_directory, params=self.params, task_type=self.task_type)
         tensors = {key: t.detach().to("cpu").contiguous().clone() for key, t in state.items()}
         save_file(tensors, Path(save_directory) / STATE, metadata={"format": "pt"})
 
