@@ -286,7 +286,9 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
 
 
 def test_fields_that_do_not_fit():
-    for field in ("xlora_depth", "xlora_size", "top_k_lora", "hidden_size"):
+    with pytest.raises(ValueError, match="xlora: xlora_depth must be from 1 to 1000, got 0"):
+        fp.XLoRA(xlora_depth=0)
+    for field in ("xlora_size", "top_k_lora", "hidden_size"):
         with pytest.raises(ValueError, match=f"xlora: {field} must be a positive integer, got 0"):
             fp.XLoRA(**{field: 0})
     for field in ("xlora_dropout_p", "lora_dropout"):

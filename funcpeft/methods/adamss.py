@@ -128,7 +128,7 @@ class AdaMSS(Method):
                 start = self._start(rows)
                 drawn = torch.zeros if self.init_weights else torch.randn
                 second = 0.01 * drawn(len(rows), len(start), dtype=base.dtype)
-            missing = self.subspace_rank - len(start)
+            missing = self._most(base) - len(start)
             ranks.append(len(start))
             a.append(F.pad(start, (0, 0, 0, missing)))
             b.append(F.pad(second.to(dtype), (0, missing)))
@@ -139,9 +139,14 @@ class AdaMSS(Method):
     def _shapes(self, base: Base, rank: int, columns: int) -> tuple[Leaves, Leaves]:
         out, dtype = base.shape[0], torch.promote_types(base.dtype, torch.float32)
         count = min(self.num_subspaces, out)
-        trained = {"A": torch.empty(count, self.subspace_rank, rank), "B": torch.empty(out, self.subspace_rank, dtype=dtype)}
+        most = self._most(base)
+        trained = {"A": torch.empty(count, most, rank), "B": torch.empty(out, most, dtype=dtype)}
         found = {"N": torch.empty(rank, columns, dtype=base.dtype), "ranks": torch.empty(count, dtype=torch.int64)}
         return trained, {**found, "rows": torch.arange(out), "cluster": torch.arange(out)}
+
+    def _most(self, base: Base) -> int:
+        """Returns the rank to which all clusters are padded: no cluster has more rows than the weight."""
+        return min(self.subspace_rank, base.shape[0])
 
     def _start(self, rows: Tensor) -> Tensor:
         """Returns the first A ``(rank, R)`` of a cluster from its rows of the left singular vectors."""
@@ -190,7 +195,8 @@ class AdaMSS(Method):
         return made
 
     def from_peft(self, base: Base | None, tensors: Mapping[str, Tensor]) -> Leaves:
-        rank, count = self.subspace_rank, (len(tensors) - 1) // 2
+        assert base is not None
+        rank, count = self._most(base), (len(tensors) - 1) // 2
         a = [tensors[f"adamss_A.{k}"] for k in range(count)]
         b = [tensors[f"adamss_B.{k}"] for k in range(count)]
         return {

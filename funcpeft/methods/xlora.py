@@ -127,7 +127,8 @@ class XLoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("xlora_depth", "xlora_size")
+        self.require_positive("xlora_size")
+        self.require(0 < self.xlora_depth <= 1000, "xlora_depth", "from 1 to 1000", self.xlora_depth)
         self.require_probability("xlora_dropout_p", "lora_dropout")
         for name in ("hidden_size", "top_k_lora"):
             if getattr(self, name) is not None:
