@@ -52,21 +52,26 @@ def finite(value: Any) -> bool:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a frozen value is of an annotated type: a bool is no number, an integer is a float too, a list is a tuple."""
+    """Whether a frozen value is of an annotated type: a bool is no number, an integer is a float too.
+
+    Lists and sets are tuples by then. Types that are no classes, as variables, take any value.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, arg) for arg in args)
-    if origin in (tuple, list):
-        if origin is tuple and args[-1] is not Ellipsis:
-            return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
-        return isinstance(value, tuple) and all(fits(v, args[0]) for v in value)
-    if origin is Mapping:
-        return isinstance(value, Mapping) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+    if origin is typing.Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if origin is tuple and args[-1] is not Ellipsis:
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
+    if (origin or hint) in (tuple, list, set, frozenset):
+        return isinstance(value, tuple) and all(fits(v, args[0]) for v in (value if args else ()))
+    if (origin or hint) in (Mapping, dict):
+        inner = value.items() if isinstance(value, Mapping) and args else ()
+        return isinstance(value, Mapping) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in inner)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return value is None if hint in (None, type(None)) else isinstance(value, origin or hint)
+    kind = type(None) if hint is None else origin or hint
+    return isinstance(value, kind) if isinstance(kind, type) and hint is not Any else True
 
 
 _WORDS = {
@@ -83,10 +88,15 @@ def described(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(described(arg) for arg in args))
-    if origin in (tuple, list, Mapping):
-        one = args[1 if origin is Mapping else 0]
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"a list of {' and '.join(map(described, args))}"
+    if origin in (tuple, list, set, frozenset, Mapping, dict):
+        keyed = origin in (Mapping, dict)
+        one = args[1 if keyed else 0]
         of = "pairs" if typing.get_origin(one) is tuple else _WORDS.get(one, ("", ""))[1]
-        return " of ".join(part for part in ("a dict" if origin is Mapping else "a list", of) if part)
+        return " of ".join(part for part in ("a dict" if keyed else "a list", of) if part)
     return _WORDS[hint][0] if hint in _WORDS else f"a {getattr(hint, '__name__', hint)}"
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+from enum import Enum
+from typing import Literal, TypeVar
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from funcpeft.method import Method
 from funcpeft.methods import HRA, FRoD, LoRA, Poly, RandLoRA, SHiRA, SuperTuning, UniLoRA, VBLoRA
 
 CLASSES = [cls for cls in map(methods.__dict__.__getitem__, methods.__all__) if isinstance(cls, type) and cls.peft_type]
+Mode = Enum("Mode", ["ON", "OFF"])
 ODD = [
     "abc",
     "",
@@ -70,7 +73,13 @@ def test_a_field_of_any_value_makes_a_method_or_a_value_error(cls):
         (str | None, ("a", None), (1, ["a"]), "a string or None"),
         (tuple[str, ...] | list[str] | str, ("a", ["a"], []), (1, [1], {"a": 1}, None), "a list of strings or a string"),
         (tuple[tuple[int, int], ...], ([[0, 1]], []), ([0, 1], [[0]], [[0, 1, 2]], "ab"), "a list of pairs"),
-        (dict[str, int], ({"a": 1}, {}), (["a"], 1), "a dict"),
+        (dict[str, int], ({"a": 1}, {}), (["a"], 1, {"a": "b"}, {1: 1}), "a dict of integers"),
+        (set[int], ({1, 2}, [1], ()), ({"a"}, 1), "a list of integers"),
+        (tuple[int, str], ((1, "a"),), ((1,), ("a", 1), 1), "a list of an integer and a string"),
+        (Literal["a", 1] | None, ("a", 1, None), ("b", True, 2), "one of 'a', 1 or None"),
+        (Mode, (Mode.ON,), ("on", 1), "a Mode"),
+        (TypeVar("Any"), (1, "a", None), (), "a Any"),
+        (list, ([], [1, "a"]), (1, {}), "a list"),
     ],
 )
 def test_values_fit_their_annotations(hint, good, bad, words):
