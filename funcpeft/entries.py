@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -86,9 +86,24 @@ def entries_of(model: Model, method: Method) -> Iterator[Entry]:
     tokens = getattr(method, "trainable_token_indices", None)
     if tokens:
         rules = tokens if isinstance(tokens, Mapping) else {None: tokens}
-        for name, rows in rules.items():
-            one = TrainableTokens(target_modules=None if name is None else (name,), token_indices=rows)
-            yield Entry(one, targets.sites_of(model, one), "trainable_token_indices")
+        yield from _token_entries(model, method, rules)
+
+
+def _token_entries(model: Model, method: Method, rules: Mapping[Any, Any]) -> Iterator[Entry]:
+    """Yields an entry for every embedding whose rows are trained; two ends of a tie are one, whose rows must then agree."""
+    seen: dict[str, Any] = {}
+    for name, rows in rules.items():
+        one = TrainableTokens(target_modules=None if name is None else (name,), token_indices=rows)
+        sites = targets.sites_of(model, one)
+        for path in sites:
+            if seen.get(path, rows) != rows:
+                rule = "modules that share a tensor must train the same rows of it"
+                raise ValueError(
+                    errors.say(f"{method.label} at {path!r}", rule, f"{seen[path]} and {rows}", "name one of them")
+                )
+        if not sites.keys() <= seen.keys():
+            yield Entry(one, {p: s for p, s in sites.items() if p not in seen}, "trainable_token_indices")
+        seen |= dict.fromkeys(sites, rows)
 
 
 def resolved(model: Model, method: Method) -> Method:

@@ -245,7 +245,9 @@ class Base:
         return Base(self.site, self._expr, self._raw_bias, self._occurrence, self.precision)
 
     def meet(self, x: Tensor) -> Tensor:
-        """Meets ``x`` with this view's dense weight and bias: how a weight-space method applies what it merged."""
+        """Meets ``x``, cast as a call casts it, with this view's dense weight and bias: how a method applies what it merged."""
+        if not self.takes_ids and x.dtype != self.dtype:
+            x = x.to(self.dtype)
         stored = self.kind.stored(self.weight, self.site.shape).to(self.dtype)
         bias = self.bias
         return self.kind.product(x, stored, None if bias is None else bias.to(self.dtype))

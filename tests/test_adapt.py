@@ -589,3 +589,19 @@ def test_a_layer_that_is_cast_in_the_call_is_refused():
     net = adapt(model, LoRA(r=1, target_modules=["lin"]))
     with pytest.raises(TypeError, match=r"lin: an adapted layer that its model casts.*not torch.float64; cast the base"):
         net(params, net.init(params, 0), torch.ones(4, 3).double())
+
+
+WIDER = [
+    (methods.MiSS(r=2, init_weights="bat"), nn.Linear(4, 4), (3, 4)),
+    (methods.HRA(r=2), nn.Conv2d(2, 3, 3), (1, 2, 5, 5)),
+    (methods.OFT(oft_block_size=3), nn.Conv2d(2, 3, 3), (1, 2, 5, 5)),
+    (methods.BOFT(boft_block_size=2), nn.Conv2d(2, 3, 3), (1, 2, 5, 5)),
+]
+
+
+@pytest.mark.parametrize(("method", "layer", "shape"), WIDER, ids=lambda v: type(v).__name__)
+def test_a_method_of_the_merged_weight_takes_inputs_of_another_dtype(method, layer, shape):
+    model, params = functionalize(nn.Sequential(layer.bfloat16()))
+    net = adapt(model, dataclasses.replace(method, target_modules=("0",)))
+    adapter, x = net.init(params, 0), torch.ones(shape)
+    assert torch.equal(net(params, adapter, x), net(params, adapter, x.bfloat16()))

@@ -713,3 +713,17 @@ def test_modules_with_buffers_both_ways(config, tmp_path):
             save_peft(net, adapter, tmp_path / "ours")
     save_peft(net, adapter, tmp_path / "ours", params=params)
     torch.testing.assert_close(read_by_peft(normed(), tmp_path / "ours")(x), wrapped(x))
+
+
+def test_layers_of_a_list_at_the_top_are_written_by_name(tmp_path):
+    def stack():
+        torch.manual_seed(4)
+        return nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(3))}).double()
+
+    model, params = functionalize(stack())
+    net = adapt(model, LoRA(r=2, target_modules=["q"], layers_to_transform=[1], init_lora_weights=False))
+    save_peft(net, net.init(params, 0), tmp_path)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    assert (written["target_modules"], written["layers_to_transform"]) == (["layers.1.q"], None)
+    read = read_by_peft(stack(), tmp_path)
+    assert [name for name, m in read.named_modules() if hasattr(m, "lora_A")] == ["base_model.model.layers.1.q"]

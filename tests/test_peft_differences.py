@@ -434,7 +434,8 @@ def test_an_entry_that_matches_nothing_is_an_error(fields):
 
 @differs(
     "LoRA",
-    "a weight that the model reads itself, as DeBERTa's `rel_embeddings`, gets no update in the call, and gets it in the merge",
+    "a weight that the model reads past its layer (DeBERTa's `rel_embeddings`, Mamba's `dt_proj`, the fast path of "
+    "`nn.TransformerEncoderLayer`) gets no update in the call, and gets it in the merge",
     "every read meets the adapted weight",
 )
 def test_a_weight_that_the_model_reads_itself_is_adapted():

@@ -182,10 +182,10 @@ class Twice(nn.Module):
 
 @differs(
     "LoRA",
-    "a layer that stands under two names is adapted where it is called by the first, and merged for both",
-    "a layer is one: adapted and merged wherever it is called",
+    "a layer that stands under two names is adapted, or trained whole, where it is called by one of them; LoRA is merged for both",
+    "a layer is one: adapted and merged wherever it is called; files of it are refused",
 )
-def test_a_layer_under_two_names():
+def test_a_layer_under_two_names(tmp_path):
     torch.manual_seed(0)
     module, x = Twice().double(), torch.randn(3, 4, dtype=torch.float64)
     wrapped = theirs(copy.deepcopy(module), target_modules=["a"])
@@ -197,6 +197,39 @@ def test_a_layer_under_two_names():
     net = fp.adapt(model, fp.LoRA(r=2, target_modules=["a"]))
     adapter = moved(net.init(params, 0))
     torch.testing.assert_close(model(net.merge(params, adapter)[0], x), net(params, adapter, x))
+    with pytest.raises(CheckpointError, match=r"save_peft: a layer under two names is two to peft.*got 'a', 'c'; leave it out"):
+        fp.save_peft(net, adapter, tmp_path / "ours")
+    theirs(copy.deepcopy(module), target_modules=["b"], modules_to_save=["a"]).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"safetensors: a layer under two names is two to peft"):
+        fp.load_peft(model, params, tmp_path)
+
+
+def test_both_ends_of_a_tie_may_be_named(tmp_path):
+    rows = {"embed_tokens": [3, 4], "lm_head": [3, 4]}
+    wrapped = theirs(tied(), target_modules=["q_proj"], trainable_token_indices=rows)
+    wrapped.save_pretrained(tmp_path)
+    model, params = fp.functionalize(tied())
+    net, adapter = fp.load_peft(model, params, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(net(params, adapter, input_ids=IDS).logits, wrapped(input_ids=IDS).logits)
+    odd = {"embed_tokens": [3, 4], "lm_head": [3]}
+    with pytest.raises(ValueError, match=r"modules that share a tensor must train the same rows of it.*; name one of them"):
+        fp.adapt(model, fp.LoRA(target_modules=["q_proj"], trainable_token_indices=odd))
+
+
+def test_a_file_of_tokens_has_the_keys_of_peft(tmp_path):
+    for config in (peft.TrainableTokensConfig([3]), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft.get_peft_model(tied(), config).save_pretrained(tmp_path / "theirs")
+        model, params = fp.functionalize(tied())
+        net, adapter = fp.load_peft(model, params, tmp_path / "theirs")
+        fp.save_peft(net, adapter, tmp_path / "ours")
+        found = [
+            {k for k in load_file(tmp_path / d / "adapter_model.safetensors") if "base_layer" not in k}
+            for d in ("theirs", "ours")
+        ]
+        assert found[0] == found[1]
 
 
 class BiasToo(nn.Module):

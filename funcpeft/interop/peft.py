@@ -54,8 +54,8 @@ def load_peft(
 
     Raises:
         FileNotFoundError: If there is no adapter config or no safetensors file.
-        CheckpointError: If a file is corrupt or truncated, is no adapter config, has a field that is not known here and is
-            not at its default, or lacks, adds or misshapes tensors; the message lists them.
+        CheckpointError: If a file is corrupt or truncated, is no adapter config, is of a layer under two names, has a field
+            that is not known here and is not at its default, or lacks, adds or misshapes tensors; the message lists them.
         NoMatchError: If the config's targets match nothing in this model.
     """
     folder = _folder(str(path), revision, subfolder)
@@ -68,6 +68,7 @@ def load_peft(
         rule = f"tensors must have the axes of {method.label}"
         raise errors.CheckpointError(errors.say(str(folder / WEIGHTS), rule, "fewer")) from e
     net = adapt(model, without_absent_parts(model, method, config))
+    _require_one_name(net, str(folder / WEIGHTS))
     return net, fill(net, params, tensors, str(folder / WEIGHTS), **needs)
 
 
@@ -132,6 +133,7 @@ def save_peft(
     require_heads(net, entry, task_type)
     if task_type is not None and task_type not in TASKS:
         raise ValueError(errors.one_of("save_peft", "task_type", task_type, TASKS))
+    _require_one_name(net, "save_peft")
     given = net._matched(adapter)
     net._require_finite(adapter)
     tensors = {**tensors_of(net, given), **buffers_of(net, entry.method, params)}
@@ -146,6 +148,20 @@ def save_peft(
         folder / CONFIG: lambda temporary: Path(temporary).write_text(text, encoding="utf-8"),
     }
     _replace(writers)
+
+
+def _require_one_name(net: Net, where: str) -> None:
+    """Raises ``CheckpointError`` for a layer that stands in the model under two names, which are two layers to peft."""
+    names: dict[int, list[str]] = {}
+    modules = dict(net.model.root.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+    for entry in net.entries:
+        for site in entry.sites.values():
+            known = names[id(modules[site.weight.rpartition(".")[0]])]
+            if len(known) > 1:
+                rule, found = "a layer under two names is two to peft, of which it adapts one", errors.listed(known)
+                raise errors.CheckpointError(errors.say(where, rule, found, "leave it out, or keep it in train.save's files"))
 
 
 def _single(net: Net) -> Entry:

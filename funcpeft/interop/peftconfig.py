@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _HEADED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "scor
 _HEADS = ("classifier", "score", "qa_outputs")  # peft adds these to modules_to_save whether or not the model has them
 #: The names of modules that peft ties; of others it ties none, without a word.
 TIED = ("embed_tokens", "lm_head")
+#: Where peft finds a layer's index in a path, without a ``layers_pattern``.
+_INDEXED = re.compile(r".*?\.[^.]*\.\d+\.")
 _COMMON = {
     "peft_type",
     "task_type",
@@ -148,7 +151,7 @@ def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, n
         }
     elif method.sited and "target_modules" in config:
         config["target_modules"] = _targets(method, entry)
-    config = _untied(net, config)
+    config = _untied(net, _layers_of(method, entry, config))
     task = task_type or config.get("task_type")
     cls = type(net.model.root)
     return {
@@ -161,6 +164,13 @@ def config_of(net: Net, entry: Entry, adapter: Adapter, task_type: str | None, n
         "base_model_name_or_path": name or getattr(net.model.config, "_name_or_path", None) or None,
         "auto_mapping": None if task else {"base_model_class": cls.__name__, "parent_library": cls.__module__},
     }
+
+
+def _layers_of(method: Method, entry: Entry, config: dict[str, Any]) -> dict[str, Any]:
+    """Names every module where peft would not find its layer: of a list at the top of a model, it sees no indices."""
+    if method.layers_to_transform is None or method.layers_pattern or all(_INDEXED.match(p) for p in entry.sites):
+        return config
+    return {**config, "target_modules": sorted(s.path for s in entry.sites.values()), "layers_to_transform": None}
 
 
 def _untied(net: Net, config: dict[str, Any]) -> dict[str, Any]:

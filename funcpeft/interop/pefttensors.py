@@ -86,7 +86,8 @@ def _entry_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[s
 
 def _tied_tensors(net: Net, entry: Entry, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
     """Yields the further copies that peft's files hold of what acts on a tied tensor, for the other modules that read it."""
-    if not getattr(entry.method, "ensure_weight_tying", False):
+    tokens = isinstance(entry.method, TrainableTokens) and entry.role == "method"
+    if not (tokens or getattr(entry.method, "ensure_weight_tying", False)):
         return
     for path, site in entry.sites.items():
         for alias in net.bound_keys(entry.method, site):
@@ -185,7 +186,8 @@ def _require_those_of(net: Net, params: Params, tensors: Mapping[str, Tensor], n
         except RuntimeError as e:  # torch counts no further
             rule = f"the config of {entry.method.label} must give tensors of possible sizes"
             raise errors.CheckpointError(errors.say(where, rule, str(e).splitlines()[0])) from e
-        untied += [key for key in tied if key not in left and entry.role in ("method", "modules_to_save")]
+        ensured = entry.role in ("method", "modules_to_save") and not isinstance(entry.method, TrainableTokens)
+        untied += [key for key in tied if key not in left and ensured]
         for key in tied:
             left.pop(key, None)
     wrong.keys["extra"] += [k for k in left if not _tolerated(net, params, k, left[k], where)]
