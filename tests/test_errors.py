@@ -678,6 +678,8 @@ WITHOUT = {
     ("standins.py", "_kept"): "of a layer that its model casts in the call, test_adapt.py",
     ("__main__.py", "<module>"): "the exit code of the command",
     ("interop/pefttensors.py", "_filled"): "of copies that sites share, test_methods_lily.py",
+    ("entries.py", "_token_entries"): "of a tie's two ends, test_tied_layers.py",
+    ("interop/peft.py", "_require_one_name"): "of a layer under two names, test_tied_layers.py",
     ("interop/pefttensors.py", "buffers_of"): "of modules saved whole, test_interop_peft.py",
     ("interop/pefttensors.py", "_require_those_of"): "of ties that peft does not make, test_tied_layers.py",
     ("interop/pefttensors.py", "_leaves_of"): "of places that a file holds, test_fields.py",

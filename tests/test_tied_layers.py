@@ -182,7 +182,7 @@ class Twice(nn.Module):
 
 @differs(
     "LoRA",
-    "a layer that stands under two names is adapted, or trained whole, where it is called by one of them; LoRA is merged for both",
+    "a layer that stands under two names is adapted, or trained whole, where it is called by one of them; LoRA merges for both",
     "a layer is one: adapted and merged wherever it is called; files of it are refused",
 )
 def test_a_layer_under_two_names(tmp_path):
@@ -218,18 +218,18 @@ def test_both_ends_of_a_tie_may_be_named(tmp_path):
 
 
 def test_a_file_of_tokens_has_the_keys_of_peft(tmp_path):
-    for config in (peft.TrainableTokensConfig([3]), peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3])):
+    for config in (
+        peft.TrainableTokensConfig(token_indices=[3]),
+        peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft.get_peft_model(tied(), config).save_pretrained(tmp_path / "theirs")
         model, params = fp.functionalize(tied())
         net, adapter = fp.load_peft(model, params, tmp_path / "theirs")
         fp.save_peft(net, adapter, tmp_path / "ours")
-        found = [
-            {k for k in load_file(tmp_path / d / "adapter_model.safetensors") if "base_layer" not in k}
-            for d in ("theirs", "ours")
-        ]
-        assert found[0] == found[1]
+        read, wrote = (load_file(tmp_path / d / "adapter_model.safetensors").keys() for d in ("theirs", "ours"))
+        assert {key for key in read if "base_layer" not in key} == set(wrote)
 
 
 class BiasToo(nn.Module):
