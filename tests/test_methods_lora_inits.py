@@ -437,6 +437,21 @@ def test_a_file_that_lacks_the_first_factors_is_refused(init, tmp_path):
         load_peft(model, params, tmp_path)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_that_peft_cuts_short_are_read(init, rslora, tmp_path):
+    wrapped = theirs(made(Shared), r=9, target_modules=["q"], init_lora_weights=init, use_rslora=rslora)
+    with torch.no_grad():
+        for p in (p for p in wrapped.parameters() if p.requires_grad):
+            p.add_(0.3 * drawn(*p.shape))
+    wrapped.save_pretrained(tmp_path)
+    model, params = functionalize(made(Shared))
+    net, adapter = load_peft(model, params, tmp_path)
+    x = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    assert adapter.params["q"]["A"].shape == (6, 10)
+    torch.testing.assert_close(net(params, adapter, x), wrapped(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_file_that_peft_converted_is_read(tmp_path):
     wrapped = theirs(made(Shared), r=2, target_modules=["q"], init_lora_weights="pissa_niter_2")
     start = tmp_path / "start"

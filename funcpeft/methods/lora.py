@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -203,6 +203,20 @@ class LoRA(Additive):
             remedy = "let peft write it with path_initial_model_for_weight_conversion"
             raise errors.CheckpointError(errors.say(self.label, rule, None, remedy))
         return self
+
+    def as_written(self, shapes: Mapping[str, torch.Size]) -> Self:
+        """Takes ranks from the tensors where peft has cut factors of the weight short: one has no more than min(out, in)."""
+        ranks, alphas = dict[str, int](), dict[str, float]()
+        for key, shape in shapes.items() if lorainits.row_of(self.init_lora_weights).share else ():
+            path, end, _ = key.partition(".lora_A.weight")
+            if end and shape[0] < self.rank(path):
+                ranks[path] = shape[0]
+                alphas[path] = self.scaling(path) * (math.sqrt(shape[0]) if self.use_rslora else shape[0])
+        if not ranks:
+            return self
+        old = {key: value for key, value in self.rank_pattern.items() if key not in ranks}  # the first key that matches wins
+        older = {key: value for key, value in self.alpha_pattern.items() if key not in alphas}
+        return replace(self, rank_pattern={**ranks, **old}, alpha_pattern={**alphas, **older})
 
     def init(self, sites: Mapping[str, Base], *, seed: int | rng.Stream, **needs: Any) -> Adapter:
         name, row = self.init_lora_weights, lorainits.row_of(self.init_lora_weights)
