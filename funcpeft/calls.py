@@ -55,9 +55,11 @@ def call_folded(
     made = [net.attach_stacked(params, a, replace(c, values=values)) for a, c in zip(groups, contexts, strict=True)]
     attached = dict(made[0])
     for key in net.adapted_keys():
-        base = params[key] if key in params else params[net.model.ties[key]]
+        owner = net.model.ties.get(key, key)  # what replaces a tied tensor whole stands at its owner's key alone
+        base = params[key] if key in params else params[owner]
         read = net.model.site(key).path in places.read
-        attached[key] = Folded(tuple(m[key] for m in made), base, layout, places, observe, read)
+        own = tuple(m[key] if key in m else m[owner] for m in made)
+        attached[key] = Folded(own, base, layout, places, observe, read)
     try:
         return net.call_attached(call, attached, _by_row(net, groups, layout), args, kwargs, values, contexts[0])
     except KeyError as e:

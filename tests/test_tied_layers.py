@@ -274,6 +274,38 @@ def test_a_tied_bias_is_trained_for_every_module_that_reads_it(bias, tmp_path):
     torch.testing.assert_close(read, net(params, adapter, x))
 
 
+TIED_WHOLE = [
+    {"target_modules": ["lin"], "bias": "all"},
+    {"target_modules": ["head"], "bias": "lora_only"},
+    {"target_modules": ["lin"], "modules_to_save": ["first"], "ensure_weight_tying": True},
+]
+
+
+class Tied(BiasToo):
+    """The same, with a layer that shares nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return super().forward(self.lin(x))
+
+
+@pytest.mark.parametrize("fields", TIED_WHOLE, ids=str)
+def test_members_that_replace_a_tied_tensor_whole(fields):
+    torch.manual_seed(0)
+    model, params = fp.functionalize(Tied().double())
+    net, x = fp.adapt(model, fp.LoRA(r=2, **fields)), torch.randn(2, 4, dtype=torch.float64)
+    members = [moved(net.init(params, seed), scale=0.1 * (seed + 1)) for seed in range(3)]
+    want = torch.stack([net(params, one, x) for one in members])
+    assert float((want[0] - want[1]).abs().max()) > 1e-2
+    torch.testing.assert_close(fp.apply_many(net, params, fp.stack(members), x, in_dims=None), want)
+    routed = fp.apply_routed(net, params, fp.stack(members), torch.tensor([2, 0]), x)
+    torch.testing.assert_close(routed, torch.stack([want[2, 0], want[0, 1]]))
+    torch.testing.assert_close(model(net.merge(params, members[0])[0], x), want[0])
+
+
 def test_copies_that_were_trained_apart_are_refused(tmp_path):
     model, params = fp.functionalize(tied())
     net = fp.adapt(model, fp.LoRA(r=2, ensure_weight_tying=True, target_modules=["embed_tokens"]))
